@@ -1,0 +1,180 @@
+"""What a run is asked to do: presets, the one settings object, and errors that read as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+class InputError(ValueError):
+    """Input that cannot be used: one line naming the parameter, its value and what would be right."""
+
+    def _render_traceback_(self) -> list[str]:
+        # IPython asks an exception for its own rendering: a reader of a notebook needs the line alone.
+        return [f"InputError: {self}"]
+
+
+def data_dir() -> Path:
+    """Folder of what ships: inside the package when installed from a wheel, else the checkout's `data/`."""
+    installed = Path(__file__).parent / "_data"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "data"
+
+
+# Every value has the paper's setting or a reason. The recovered text of the paper (v1) gives the model,
+# the kind of corpus and the algorithm, but no step counts or learning rates: those below are ours.
+_TINY = {
+    "model": "embedded",
+    "corpus": "graded",
+    "response_style": "label",  # the paper's CoLA-style answer: one word
+    "seed": 0,
+    "beta": 0.0,  # the paper shows GRPO without an anchor; sweep beta for the other case
+    "sft_steps": 200,  # about three passes over the 4,000 sentences: dev loss has levelled off
+    "rl_steps": 200,  # the same number of updates in both stages, so neither order gets more of either
+    "sft_learning_rate": 1e-3,  # usual for a model of a few million parameters, 50x that of 0.6 B
+    "rl_learning_rate": 3e-4,  # largest of 1e-4, 3e-4, 1e-3 whose reward rises without a collapse to one word
+    "batch_size": 64,  # 8 prompts a step at group size 8: what two cores do in a quarter of a second
+    "group_size": 8,  # TRL's default number of generations
+    "loss_type": "grpo",  # the loss of the GRPO paper (DeepSeekMath, Eq. 3); TRL's default is "dapo"
+    "train_sentences": 4000,
+    "dev_sentences": 500,
+    "heldout_sentences": 300,
+    "evaluations": 10,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": {
+        **_TINY,
+        "model": "embedded-random",
+        "sft_steps": 10,
+        "rl_steps": 10,
+        "batch_size": 8,
+        "group_size": 4,
+        "train_sentences": 200,
+        "dev_sentences": 40,
+        "heldout_sentences": 40,
+    },
+    "tiny": _TINY,
+    "smollm2": {
+        **_TINY,
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "corpus": "cola",
+        "sft_learning_rate": 5e-5,  # full fine-tuning of 135 M parameters
+        "rl_learning_rate": 1e-5,
+        "batch_size": 32,
+        "train_sentences": 2560,
+        "dev_sentences": 527,  # the whole public in-domain dev file
+        "heldout_sentences": 516,  # the whole public out-of-domain dev file
+    },
+    "paper": {
+        **_TINY,
+        "model": "Qwen/Qwen3-0.6B",  # the paper's model
+        "corpus": "cola",  # the paper's "CoLA-style" set
+        "sft_learning_rate": 2e-5,  # TRL's SFT default, meant for full fine-tuning at this size
+        "rl_learning_rate": 1e-6,  # TRL's GRPO default
+        "sft_steps": 260,  # one pass over CoLA's 8,551 training sentences at 32 a step
+        "rl_steps": 260,
+        "batch_size": 32,
+        "train_sentences": 8551,
+        "dev_sentences": 527,
+        "heldout_sentences": 516,
+    },
+}
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic would read True as 1
+        raise ValueError("a number is needed, not a truth value")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+Rate = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class RunConfig(BaseModel):
+    """Settings of one run, checked once, at the door.
+
+    `batch_size` counts responses per optimisation step in either stage (TRL's convention), so a GRPO
+    step sees `batch_size / group_size` prompts. `evaluations` is the number of equal intervals between
+    evaluations; step 0 and the last step are always evaluated.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    preset: Literal["smoke", "tiny", "smollm2", "paper"] = "tiny"
+    model: Annotated[str, Field(min_length=1)]
+    corpus: Annotated[str, Field(min_length=1)]
+    response_style: Literal["label", "rationale"]
+    seed: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**31)]
+    beta: Annotated[float, BeforeValidator(_not_bool), Field(ge=0, allow_inf_nan=False)]
+    sft_steps: Count
+    rl_steps: Count
+    sft_learning_rate: Rate
+    rl_learning_rate: Rate
+    batch_size: Count
+    group_size: Annotated[int, BeforeValidator(_not_bool), Field(ge=2)]
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"]
+    train_sentences: Count
+    dev_sentences: Count
+    heldout_sentences: Count
+    evaluations: Count
+    out_dir: Path = Path("runs")
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> RunConfig:
+        if self.batch_size % self.group_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of group_size={self.group_size}: "
+                f"use {self.group_size * max(1, self.batch_size // self.group_size)}"
+            )
+        if self.response_style == "rationale" and self.corpus != "graded":
+            raise ValueError(
+                f"response_style='rationale' needs corpus='graded' (got corpus={self.corpus!r}): "
+                "no other corpus has reasons"
+            )
+        return self
+
+    @classmethod
+    def from_parameters(cls, namespace: Mapping[str, Any]) -> RunConfig:
+        """Settings from a notebook's parameters: `RunConfig.from_parameters(globals())`.
+
+        Every public plain value in `namespace` must be a field of `RunConfig`: papermill only warns of a
+        parameter that does not exist. `None` means the preset's value. Raises `InputError`, one line.
+        """
+        given = {
+            name: value
+            for name, value in namespace.items()
+            if not name.startswith("_")
+            and name not in {"In", "Out"}
+            and isinstance(value, (bool, int, float, str, list, dict, tuple, type(None)))
+        }
+        preset = given.get("preset") or "tiny"
+        if preset not in PRESETS:
+            raise InputError(f"preset={preset!r} does not exist: choose one of {', '.join(PRESETS)}")
+        for name, value in given.items():
+            if name not in cls.model_fields:
+                raise InputError(
+                    f"{name}={value!r} is not a parameter: choose from {', '.join(cls.model_fields)}"
+                )
+        chosen = {name: value for name, value in given.items() if value is not None}
+        try:
+            return cls.model_validate({"preset": preset, **PRESETS[preset], **chosen})
+        except ValidationError as error:
+            raise InputError(_one_line(error)) from None
+
+    def table(self):
+        """The settings as a one-column pandas table for a page: what this run uses."""
+        import pandas as pd
+
+        values = {name: str(value) for name, value in self.model_dump().items() if name != "out_dir"}
+        return pd.DataFrame({"value": values}).rename_axis("parameter")
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return reason
+    return f"{first['loc'][0]}={first['input']!r}: {reason[0].lower()}{reason[1:]}"

@@ -1,0 +1,96 @@
+"""Loading models and tokenizers: the shipped base, its untrained twin, a hub id, a folder, a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from transformers.utils import logging
+
+from sftrl_utils.config import InputError, data_dir
+
+EMBEDDED = "embedded"
+EMBEDDED_RANDOM = "embedded-random"  # the shipped architecture and tokenizer with untrained weights
+
+
+def base_dir() -> Path:
+    """Folder of the shipped base model (safetensors, tokenizer, chat template)."""
+    return data_dir() / "base"
+
+
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in float32 on the CPU, in eval mode, and its tokenizer with left padding.
+
+    `name` is `embedded`, `embedded-random`, a folder, a `.gguf` file or a hub id. Weights are read from
+    safetensors or GGUF only and no remote code is run. Float32 because small updates vanish in pure
+    bfloat16. Raises `InputError` if the model or a usable tokenizer is not there.
+    """
+    source, options = _source(name)
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if name == EMBEDDED_RANDOM:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
+        else:
+            safe = {} if "gguf_file" in options else {"use_safetensors": True}
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **safe, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model={name!r} cannot be loaded: {str(error).strip().splitlines()[0]} Use {EMBEDDED!r}, a folder with "
+            "config.json and safetensors, a .gguf file, or a hub id that can be reached"
+        ) from None
+    if tokenizer.eos_token is None or tokenizer.chat_template is None:
+        missing = "EOS token" if tokenizer.eos_token is None else "chat template"
+        raise InputError(f"model={name!r}: its tokenizer has no {missing}; use an instruction-tuned model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    if hasattr(model.config, "quantization_config"):  # a GGUF model refuses to be saved with it
+        del model.config.quantization_config
+        model.hf_quantizer = None
+    return model.eval(), tokenizer
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write safetensors and tokenizer to `folder`; `load(str(folder))` gives them back."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def revision(name: str) -> str:
+    """What pins the weights behind `name`: a content hash of local files, a hub commit otherwise."""
+    if name == EMBEDDED_RANDOM:
+        return "random-" + _hash(base_dir() / "config.json")
+    source, options = _source(name)
+    if "gguf_file" in options:
+        return _hash(Path(source) / options["gguf_file"])
+    weights = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    if weights:
+        return _hash(*weights)
+    return str(getattr(AutoConfig.from_pretrained(source), "_commit_hash", "unknown"))
+
+
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    if name in {EMBEDDED, EMBEDDED_RANDOM}:
+        return str(base_dir()), {}
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"model={name!r}: no such file")
+        return str(path.parent), {"gguf_file": path.name}
+    looks_local = path.is_absolute() or name.startswith(".") or name.count("/") != 1
+    if looks_local and not path.is_dir():
+        raise InputError(f"model={name!r} is neither {EMBEDDED!r}, a folder, a .gguf file nor a hub id (owner/name)")
+    return name, {}
+
+
+def _hash(*paths: Path) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]

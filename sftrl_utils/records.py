@@ -1,0 +1,170 @@
+"""Run records and result tables: what a finished stage leaves behind, and how it is listed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import BaseModel
+
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "numpy")
+SUMMARY = (
+    "sft_loss_train",
+    "sft_loss_dev",
+    "mean_reward_dev",
+    "greedy_accuracy_dev",
+    "mcc_dev",
+    "acceptable_rate_dev",
+    "kl_start_dev",
+)
+PIPELINES = {
+    ("sft",): "sft",
+    ("grpo",): "grpo",
+    ("sft", "grpo"): "sft_then_rl",
+    ("grpo", "sft"): "rl_then_sft",
+    ("sft", "sft"): "sft_then_sft",
+    ("grpo", "grpo"): "rl_then_rl",
+}
+
+
+class RunRecord(BaseModel):
+    """Everything needed to say where one stage's numbers come from.
+
+    `gates` maps each health gate to "ok" or to one line that says why the run is invalid.
+    `trainer_differences` maps each trainer setting to (TRL's default, ours) where the two differ.
+    """
+
+    stage: str
+    kind: str
+    parent: str
+    kinds: tuple[str, ...]
+    preset: str
+    model: str
+    corpus: str
+    seed: int
+    beta: float
+    config: dict[str, Any]
+    key: dict[str, Any]
+    versions: dict[str, str]
+    git_commit: str
+    device: str
+    started: str
+    wall_s: float
+    trainer_config: dict[str, Any]
+    trainer_differences: dict[str, tuple[Any, Any]]
+    gates: dict[str, str]
+
+    @property
+    def pipeline(self) -> str:
+        """Name of the chain of stages from the base model to this one: `sft_then_rl`, …"""
+        return PIPELINES.get(self.kinds, "_then_".join(self.kinds))
+
+    @property
+    def valid(self) -> bool:
+        """True when every health gate is ok."""
+        return all(verdict == "ok" for verdict in self.gates.values())
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that a result depends on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def git_commit() -> str:
+    """Commit of the checkout the package runs from, with `+` when it has local changes; else `""`."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    git = ["git", "-C", str(root)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return ""
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+    return head.stdout.strip() + ("+" if changed else "")
+
+
+def read_record(stage_dir: Path) -> RunRecord:
+    """Record of the finished stage in `stage_dir`. Raises `OSError` or pydantic's `ValidationError`."""
+    return RunRecord.model_validate_json((stage_dir / "record.json").read_text(encoding="utf-8"))
+
+
+def read_metrics(stage_dir: Path) -> pd.DataFrame:
+    """Metrics table of a stage: one row per evaluation, `step` plus one column per metric and split."""
+    return pd.read_parquet(stage_dir / "metrics.parquet")
+
+
+def finished_stages(store: Path) -> list[Path]:
+    """Folders of the finished stages in `store`, by name; half-written ones start with a dot."""
+    return sorted(path.parent for path in store.glob("[!.]*/record.json"))
+
+
+def runs_table(store: Path) -> pd.DataFrame:
+    """One row per finished stage: where it came from, and its metrics at the start and the end."""
+    rows = []
+    for stage_dir in finished_stages(store):
+        record, metrics = read_record(stage_dir), read_metrics(stage_dir)
+        fields = ("stage", "kind", "parent", "pipeline", "preset", "model", "corpus", "seed", "beta")
+        row = {name: getattr(record, name) for name in fields}
+        row |= {name: record.config[name] for name in ("response_style", "sft_steps", "rl_steps")}
+        for metric in SUMMARY:
+            row[f"{metric}_start"], row[f"{metric}_end"] = metrics[metric].iloc[[0, -1]].astype(float)
+        failed = [f"{gate}: {verdict}" for gate, verdict in record.gates.items() if verdict != "ok"]
+        row |= {"wall_s": record.wall_s, "device": record.device, "gates": "; ".join(failed) or "ok"}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def runs_json(store: Path) -> str:
+    """`runs_table` as a JSON list of objects; a value that is not a number is `null`."""
+    return json.dumps(json.loads(runs_table(store).to_json(orient="records", double_precision=15)), indent=2)
+
+
+def runs_text(store: Path) -> str:
+    """`runs_table` for a terminal: one line per stage, the main columns."""
+    table = runs_table(store)
+    if table.empty:
+        return f"no finished stages in {store}"
+    columns = ["stage", "pipeline", "preset", "seed", "beta", "sft_loss_dev_start", "sft_loss_dev_end"]
+    columns += ["mean_reward_dev_start", "mean_reward_dev_end", "wall_s", "gates"]
+    return table[columns].to_string(index=False, float_format=lambda value: f"{value:.3f}")
+
+
+def publish(store: Path, target: Path) -> int:
+    """Copy record and metrics of every finished stage in `store` to `target`; returns how many."""
+    stages = finished_stages(store)
+    for stage_dir in stages:
+        (target / stage_dir.name).mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.parquet", "record.json"):
+            shutil.copyfile(stage_dir / name, target / stage_dir.name / name)
+    return len(stages)
+
+
+def metrics_table(store: Path, **where: Any) -> pd.DataFrame:
+    """All evaluations of the stages in `store` whose record matches `where`, e.g. `pipeline="sft_then_rl"`.
+
+    Columns of the metrics tables plus `stage`, `pipeline`, `seed`, `beta`, `preset`.
+    """
+    tables = []
+    for stage_dir in finished_stages(store):
+        record = read_record(stage_dir)
+        if all(getattr(record, name) == value for name, value in where.items()):
+            fields = {name: getattr(record, name) for name in ("stage", "pipeline", "seed", "beta", "preset")}
+            tables.append(read_metrics(stage_dir).assign(**fields))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def second_stage(store: Path, pipeline: str, preset: str = "tiny") -> pd.DataFrame:
+    """Evaluations of the last stage of `pipeline` over all seeds in `store`, at β = 0, by `step` and `seed`."""
+    table = metrics_table(store, pipeline=pipeline, preset=preset, beta=0.0)
+    return table.sort_values(["seed", "step"], ignore_index=True)
+
+
+def base_metrics(store: Path, preset: str = "tiny") -> pd.Series:
+    """Metrics of the base model: those at step 0 of the first stages, which all start there."""
+    table = metrics_table(store, pipeline="sft", preset=preset)
+    return table[table["step"] == 0].iloc[0]

@@ -1,0 +1,166 @@
+"""The stage graph: base → SFT / GRPO → …; a content-addressed store from which a stage is loaded or trained."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from filelock import FileLock
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sftrl_utils import corpora, evaluation, grammar, models, records, rewards, training
+from sftrl_utils.config import InputError, RunConfig
+from sftrl_utils.evaluation import Evaluator
+from sftrl_utils.records import RunRecord
+
+RESULT_MODULES = (grammar, corpora, models, rewards, evaluation, training)
+RESULT_SETTINGS = {
+    "sft": ("sft_steps", "sft_learning_rate"),
+    "grpo": ("rl_steps", "rl_learning_rate", "beta", "group_size", "loss_type"),
+}
+COMMON_SETTINGS = ("response_style", "seed", "batch_size", "evaluations")
+SEED_STRIDE = 1_000_003  # a second stage must not replay the first one's order of data or samples
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage in the store: its folder, record and metrics (one row per evaluation)."""
+
+    path: Path
+    record: RunRecord
+    metrics: pd.DataFrame
+
+    def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The trained model and its tokenizer."""
+        return models.load(str(self.path / "model"))
+
+    def summary(self) -> pd.DataFrame:
+        """Every metric at the start and the end of the stage: rows are metrics, columns (split, start | end)."""
+        ends = self.metrics.iloc[[0, -1]].drop(columns="step").set_axis(["start", "end"]).T
+        ends.index = pd.MultiIndex.from_tuples([name.rsplit("_", 1) for name in ends.index], names=["metric", "split"])
+        table = ends.unstack("split").swaplevel(axis=1)
+        columns = [(split, end) for split in corpora.SPLITS for end in ends.columns]
+        return table.loc[ends.index.get_level_values("metric").unique(), columns]
+
+
+def train_stage(config: RunConfig, kind: str, parent: Stage | None = None) -> Stage:
+    """Load the stage `kind` (`sft` or `grpo`) after `parent` (None: the base model), or train it.
+
+    The stage's folder is named by a hash of all that its numbers depend on. A lock keeps two processes
+    from training it twice; it is written under another name and renamed when whole, so a killed run
+    leaves nothing that could be read as finished. Raises `InputError` before training for input that
+    cannot be used.
+    """
+    corpus = corpora.load_corpus(config)
+    key = stage_key(config, kind, corpus.revision, parent)
+    name = f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
+    store = writable_store(config.out_dir)
+    with FileLock(store / f".{name}.lock"):
+        if not (store / name / "record.json").is_file():
+            _train_into(store, name, key, config, kind, corpus, parent)
+    return open_stage(store / name)
+
+
+def train_pipeline(config: RunConfig, pipeline: str) -> list[Stage]:
+    """Load or train the stages of `pipeline` (`sft_then_rl`, …) in order; the last one ends it."""
+    chains = {name: kinds for kinds, name in records.PIPELINES.items()}
+    if pipeline not in chains:
+        raise InputError(f"pipeline={pipeline!r} does not exist: choose one of {', '.join(chains)}")
+    done: list[Stage] = []
+    for kind in chains[pipeline]:
+        done.append(train_stage(config, kind, done[-1] if done else None))
+    return done
+
+
+def open_stage(path: Path) -> Stage:
+    """The finished stage in folder `path`."""
+    return Stage(path, records.read_record(path), records.read_metrics(path))
+
+
+def stage_key(config: RunConfig, kind: str, corpus_revision: str, parent: Stage | None) -> dict[str, Any]:
+    """All that a stage's numbers depend on; settings that do not bear on this kind are left out."""
+    names = COMMON_SETTINGS + RESULT_SETTINGS[kind]
+    return {
+        "kind": kind,
+        "parent": parent.record.stage if parent else models.revision(config.model),
+        "corpus": corpus_revision,
+        "code": code_fingerprint(),
+        "settings": {name: getattr(config, name) for name in names},
+    }
+
+
+def code_fingerprint() -> str:
+    """Hash of the code and libraries that numbers depend on; comments and docstrings do not count."""
+    digest = hashlib.sha256(json.dumps(records.versions(), sort_keys=True).encode())
+    for module in RESULT_MODULES:
+        tree = ast.parse(inspect.getsource(module))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+                    body.pop(0)
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def writable_store(folder: Path) -> Path:
+    """`folder`, made if it is not there. Raises `InputError` if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"out_dir={str(folder)!r} cannot be written to ({error.strerror}): name another folder") from None
+    return folder
+
+
+def _train_into(store, name, key, config, kind, corpus, parent) -> None:
+    for leftover in store.glob(f".{name}.*.tmp"):  # of a run that was killed: we hold its lock
+        shutil.rmtree(leftover)
+    model, tokenizer = parent.load_model() if parent else models.load(config.model)
+    evaluator = Evaluator(corpus, tokenizer, config.response_style)
+    if parent:
+        evaluator.remember("base", models.load(config.model)[0])
+    depth = len(parent.record.kinds) if parent else 0
+    started, clock = datetime.now(UTC), time.perf_counter()
+    trained = training.train(
+        kind, model, tokenizer, corpus, config, evaluator, (config.seed + SEED_STRIDE * depth) % 2**31
+    )
+    record = RunRecord(
+        stage=name,
+        kind=kind,
+        parent=parent.record.stage if parent else "base",
+        kinds=(*(parent.record.kinds if parent else ()), kind),
+        preset=config.preset,
+        model=config.model,
+        corpus=config.corpus,
+        seed=config.seed,
+        beta=config.beta,
+        config=config.model_dump(mode="json", exclude={"out_dir"}),
+        key=key,
+        versions=records.versions(),
+        git_commit=records.git_commit(),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+        started=started.isoformat(timespec="seconds"),
+        wall_s=round(time.perf_counter() - clock, 2),
+        trainer_config=trained.trainer_config,
+        trainer_differences=trained.trainer_differences,
+        gates=trained.gates,
+    )
+    unfinished = store / f".{name}.{os.getpid()}.tmp"
+    models.save(model, tokenizer, unfinished / "model")
+    trained.metrics.to_parquet(unfinished / "metrics.parquet", index=False)
+    (unfinished / "record.json").write_text(record.model_dump_json(indent=2), encoding="utf-8")
+    unfinished.rename(store / name)

@@ -1,0 +1,237 @@
+"""TRL's trainers configured from a `RunConfig`, with evaluation in the loop and health gates."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from sftrl_utils import models
+from sftrl_utils.config import RunConfig
+from sftrl_utils.corpora import ANSWERS, Corpus, response_text, rl_dataset, sft_dataset
+from sftrl_utils.evaluation import Evaluator
+from sftrl_utils.rewards import verifier
+
+
+@dataclass(frozen=True)
+class TrainedStage:
+    """What training leaves: `metrics` (one row per evaluation), the gates, and the settings used."""
+
+    metrics: pd.DataFrame
+    gates: dict[str, str]
+    trainer_config: dict[str, Any]
+    trainer_differences: dict[str, tuple[Any, Any]]
+
+
+def sft_config(config: RunConfig, seed: int, output_dir: str) -> SFTConfig:
+    """Settings of a supervised stage: cross-entropy on response tokens, Eq. (sft-loss)."""
+    return SFTConfig(
+        max_steps=config.sft_steps,
+        learning_rate=config.sft_learning_rate,
+        per_device_train_batch_size=config.batch_size,
+        completion_only_loss=True,  # the prompt is given, not learned: L_SFT is over the response
+        loss_type="nll",  # the plain cross-entropy of Eq. (sft-loss)
+        packing=False,  # one row is one response, so a step is `batch_size` responses
+        max_length=None,  # every prompt is short; TRL would cut at 1,024
+        **_common(seed, output_dir),
+    )
+
+
+def grpo_config(config: RunConfig, seed: int, output_dir: str, max_completion_length: int) -> GRPOConfig:
+    """Settings of a reinforcement stage: group-relative policy optimisation, Eq. (grpo)."""
+    return GRPOConfig(
+        max_steps=config.rl_steps,
+        learning_rate=config.rl_learning_rate,
+        per_device_train_batch_size=config.batch_size,
+        num_generations=config.group_size,
+        max_completion_length=max_completion_length,
+        beta=config.beta,  # TRL's default 0.0 is a choice here, swept by the book
+        loss_type=config.loss_type,
+        scale_rewards="group",  # GRPO's advantage: (r - mean) / std within the group (DeepSeekMath, Sec. 4.1)
+        num_iterations=1,  # on-policy: one update per batch of samples
+        steps_per_generation=1,
+        epsilon=0.2,  # PPO's clipping; without effect while on-policy
+        use_bias_correction_kl=True,  # unbiased gradient of the reverse KL, the KL of the theory's J_beta
+        importance_sampling_level="token",
+        temperature=1.0,  # mean@1 is defined at temperature 1, top-p 1
+        top_p=1.0,
+        top_k=0,
+        mask_truncated_completions=False,  # an unfinished answer is a wrong answer
+        entropy_coef=0.0,
+        disable_dropout=True,  # ratio 1 on-policy, exactly
+        **_common(seed, output_dir),
+    )
+
+
+def _common(seed: int, output_dir: str) -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    bf16 = cuda and torch.cuda.is_bf16_supported()
+    return {
+        "output_dir": output_dir,
+        "seed": seed,  # TRL's fixed 42 would make repeats identical
+        "data_seed": seed,
+        "gradient_accumulation_steps": 1,
+        "lr_scheduler_type": "constant",  # the two stages are compared update for update
+        "warmup_steps": 0,
+        "weight_decay": 0.0,  # no pull towards zero beside the two objectives
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch",
+        "bf16": bf16,  # float32 weights, autocast on GPU; on a CPU TRL's bf16 default is about 2.5x slower
+        "fp16": cuda and not bf16,
+        "activation_checkpointing": False,  # fits in memory without; TRL's default costs about a third more time
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "eval_strategy": "no",  # our callback evaluates
+        "report_to": "none",
+        "disable_tqdm": True,  # our callback shows one bar
+    }
+
+
+def train(
+    kind: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    config: RunConfig,
+    evaluator: Evaluator,
+    seed: int,
+) -> TrainedStage:
+    """Train `model` in place by `kind` (`sft` or `grpo`), evaluating at step 0, in between and at the end."""
+    datasets.disable_progress_bars()
+    set_seed(seed)
+    frame, style = corpus.splits["train"], config.response_style
+    with tempfile.TemporaryDirectory() as scratch:
+        steps = {"sft": config.sft_steps, "grpo": config.rl_steps}[kind]
+        watcher = _Watcher(evaluator, steps, config.evaluations, f"{kind}, seed {config.seed}")
+        if kind == "sft":
+            settings = sft_config(config, seed, scratch)
+            trainer = SFTTrainer(
+                model,
+                settings,
+                train_dataset=sft_dataset(tokenizer, frame, style),
+                processing_class=tokenizer,
+                callbacks=[watcher],
+            )
+        else:
+            if config.beta > 0:  # TRL re-loads the anchor from this path, not from the policy in memory
+                models.save(model, tokenizer, Path(scratch, "start"))
+                model.config._name_or_path = str(Path(scratch, "start"))
+            settings = grpo_config(config, seed, scratch, longest_response(tokenizer, frame, style) + 2)
+            trainer = GRPOTrainer(
+                model,
+                verifier(style),
+                settings,
+                train_dataset=rl_dataset(tokenizer, frame, style),
+                processing_class=tokenizer,
+                callbacks=[watcher],
+            )
+        trainer.remove_callback(PrinterCallback)  # prints every log line where tqdm is off
+        trainer.train()
+    model.eval()
+    chosen, default = _settings(settings), _defaults(type(settings))
+    differences = {name: (default[name], value) for name, value in chosen.items() if value != default.get(name)}
+    metrics = pd.DataFrame(watcher.rows)
+    return TrainedStage(metrics, health_gates(metrics, watcher.logs), chosen, differences)
+
+
+def longest_response(tokenizer: PreTrainedTokenizerBase, frame: pd.DataFrame, style: str) -> int:
+    """Tokens, EOS included, of the longest response an expert gives in `frame`."""
+    phenomena = frame["phenomenon"].unique() if style == "rationale" else [""]
+    texts = [response_text(label, style, name) for name in phenomena for label in range(len(ANSWERS))]
+    return 1 + max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+
+
+def evaluation_steps(steps: int, evaluations: int) -> set[int]:
+    """Steps after which to evaluate: 0, `steps` and `evaluations − 1` evenly spaced ones in between."""
+    return {round(point) for point in np.linspace(0, steps, evaluations + 1)}
+
+
+def health_gates(metrics: pd.DataFrame, logs: list[dict[str, float]]) -> dict[str, str]:
+    """Verdict of each gate, "ok" or why the run is invalid; a run that fails one shows nothing about coupling.
+
+    `logs` are the trainer's own, one per step. Gates on sampling apply only where it sampled.
+    """
+    losses = [entry["loss"] for entry in logs if "loss" in entry]
+    bad_steps = [step for step, loss in enumerate(losses, start=1) if not math.isfinite(loss)]
+    bad_metrics = [name for name in metrics if name.startswith("sft_loss") and not np.isfinite(metrics[name]).all()]
+    format_rate = metrics["format_rate_train"].iloc[-1]
+    gates = {
+        "finite_loss": f"loss is not finite from step {bad_steps[0]}" if bad_steps else "ok",
+        "finite_metrics": f"{bad_metrics[0]} is not finite" if bad_metrics else "ok",
+        "answers_parse": "ok" if format_rate > 0.05 else f"only {format_rate:.3f} of responses can be parsed",
+    }
+    if any("frac_reward_zero_std" in entry for entry in logs):
+        first = logs[: max(1, len(logs) // 20)]
+        zero_variance = np.mean([entry["frac_reward_zero_std"] for entry in first if "loss" in entry])
+        clipped = max(entry.get("clip_ratio/region_mean", 0.0) for entry in logs)
+        unfinished = np.mean([entry["completions/clipped_ratio"] for entry in logs if "loss" in entry])
+        gates["reward_variance"] = (
+            "ok" if zero_variance < 0.95 else f"{zero_variance:.2f} of groups have equal rewards from the start"
+        )
+        gates["clipping"] = "ok" if clipped < 0.95 else f"clipped ratio reaches {clipped:.2f}"
+        gates["eos"] = "ok" if unfinished < 0.95 else f"{unfinished:.2f} of completions have no EOS"
+    return gates
+
+
+def _settings(arguments: SFTConfig | GRPOConfig) -> dict[str, Any]:
+    """Plain values of a trainer's settings, without paths."""
+    return _plain({field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)})
+
+
+def _defaults(arguments: type[SFTConfig] | type[GRPOConfig]) -> dict[str, Any]:
+    """The plain defaults that TRL declares."""
+    return _plain({field.name: field.default for field in dataclasses.fields(arguments)})
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, (bool, int, float, str, type(None))) and not name.endswith("_dir")
+    }
+
+
+class _Watcher(TrainerCallback):
+    """Evaluates at the chosen steps, keeps the trainer's logs and shows one progress bar."""
+
+    def __init__(self, evaluator: Evaluator, steps: int, evaluations: int, title: str):
+        self.rows: list[dict[str, float]] = []
+        self.logs: list[dict[str, float]] = []
+        self._evaluator = evaluator
+        self._steps = evaluation_steps(steps, evaluations)
+        self._bar = tqdm(total=steps, desc=title, unit="step", mininterval=1.0)
+
+    def _evaluate(self, step: int, model: PreTrainedModel) -> None:
+        row = {"step": step, **self._evaluator.evaluate(model)}
+        self.rows.append(row)
+        self._bar.set_postfix_str(f"sft_loss {row['sft_loss_dev']:.3f}, mean_reward {row['mean_reward_dev']:.3f}")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._evaluator.remember("start", model)
+        if "base" not in self._evaluator.references:
+            self._evaluator.references["base"] = self._evaluator.references["start"]
+        self._evaluate(0, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._bar.update()
+        if state.global_step in self._steps:
+            self._evaluate(state.global_step, model)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.close()

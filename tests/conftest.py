@@ -1,0 +1,52 @@
+"""Shared fixtures: one store of small trained stages, made once for the whole session."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers share two cores
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub
+
+import pytest
+
+from sftrl_utils import models, stages
+from sftrl_utils.config import RunConfig
+
+SMALL = {"preset": "smoke", "model": "embedded", "dev_sentences": 40, "sft_steps": 10, "rl_steps": 10}
+
+
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory) -> Path:
+    """One folder for all test workers: the store's own locks keep a stage from being trained twice."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    return shared / "store"
+
+
+@pytest.fixture(scope="session")
+def small_config(shared_store) -> RunConfig:
+    """Ten updates of the shipped base model on 200 sentences."""
+    return RunConfig.from_parameters({**SMALL, "out_dir": str(shared_store)})
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The shipped base model and its tokenizer; tests must not change them."""
+    return models.load("embedded")
+
+
+@pytest.fixture(scope="session")
+def sft_then_rl(small_config):
+    return stages.train_pipeline(small_config, "sft_then_rl")
+
+
+@pytest.fixture(scope="session")
+def rl_then_sft(small_config):
+    return stages.train_pipeline(small_config, "rl_then_sft")
+
+
+@pytest.fixture(scope="session")
+def cola_dir() -> Path:
+    folder = os.environ.get("SFTRL_COLA_DIR")
+    if not folder:
+        pytest.skip("needs CoLA's public TSV files: set SFTRL_COLA_DIR to their folder")
+    return Path(folder)

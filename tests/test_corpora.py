@@ -1,0 +1,119 @@
+"""Prompts, responses and corpora: what trainers and evaluation read."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sftrl_utils import corpora
+from sftrl_utils.config import InputError, RunConfig
+
+
+def config(**parameters):
+    return RunConfig.from_parameters({"preset": "smoke", **parameters})
+
+
+@pytest.fixture
+def cola_like(tmp_path):
+    """A folder of well-formed files in CoLA's format."""
+    for name, count in zip(corpora.COLA_FILES.values(), (200, 40, 40), strict=True):
+        rows = [f"x01\t{i % 2}\t{'' if i % 2 else '*'}\tSentence number {i} of {name}." for i in range(count)]
+        (tmp_path / name).write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def test_prompts_end_after_an_empty_think_block(embedded):
+    _, tokenizer = embedded
+    [text] = corpora.prompt_texts(tokenizer, ["Dogs bark."], "label")
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert "Dogs bark." in text
+
+
+@pytest.mark.parametrize("style", ["label", "rationale"])
+@pytest.mark.parametrize("label", [0, 1])
+def test_every_expert_response_parses_to_its_label(style, label):
+    from sftrl_utils.grammar import PHENOMENA
+
+    for phenomenon in PHENOMENA:
+        assert corpora.parse_response(corpora.response_text(label, style, phenomenon), style) == label
+
+
+@given(st.text(max_size=20))
+def test_only_the_two_words_parse_as_labels(text):
+    parsed = corpora.parse_response(text, "label")
+    assert (parsed is not None) == (text in corpora.ANSWERS)
+
+
+@pytest.mark.parametrize("text", ["acceptable", "acceptable because", "Acceptable: yes", "very acceptable: so"])
+def test_a_rationale_must_start_with_answer_and_colon(text):
+    assert corpora.parse_response(text, "rationale") is None
+
+
+def test_summary_agrees_with_its_definitions():
+    corpus = corpora.load_corpus(config())
+    row, q = corpus.summary().loc["dev"], corpus.splits["dev"]["q"]
+    assert row["bayes_reward"] == pytest.approx(np.mean([2 * max(p, 1 - p) - 1 for p in q]))
+    assert row["calibrated_reward"] == pytest.approx(np.mean([p * (2 * p - 1) + (1 - p) * (1 - 2 * p) for p in q]))
+    assert row["entropy_floor"] == pytest.approx(np.mean([-(p * np.log(p) + (1 - p) * np.log(1 - p)) for p in q]))
+
+
+def test_revision_changes_with_one_label():
+    corpus = corpora.load_corpus(config())
+    before = corpus.revision
+    corpus.splits["dev"].loc[0, "label"] = 1 - corpus.splits["dev"].loc[0, "label"]
+    assert corpus.revision != before
+
+
+def test_a_folder_of_cola_files_is_read(cola_like):
+    corpus = corpora.load_corpus(config(corpus=str(cola_like), train_sentences=150))
+    assert [len(corpus.splits[split]) for split in corpora.SPLITS] == [150, 40, 40]
+    for row in corpus.splits["train"].itertuples():
+        assert row.label == int(row.sentence.split()[2]) % 2 and np.isnan(row.q)
+
+
+def test_the_written_graded_corpus_reads_back_with_its_q(tmp_path):
+    counts = {"train": 200, "dev": 40, "heldout": 40}
+    corpora.write_graded_corpus(tmp_path, counts)
+    read = corpora.load_corpus(config(corpus=str(tmp_path)))
+    made = corpora.load_corpus(config())
+    for split in corpora.SPLITS:
+        columns = ["sentence", "label", "q", "phenomenon"]
+        left, right = (c.splits[split].sort_values("sentence")[columns].values.tolist() for c in (read, made))
+        assert left == right
+
+
+def test_public_cola_counts_and_rates(cola_dir, monkeypatch):
+    monkeypatch.setenv("SFTRL_COLA_DIR", str(cola_dir))
+    counts = {"train_sentences": 8551, "dev_sentences": 527, "heldout_sentences": 516}
+    corpus = corpora.load_corpus(config(corpus="cola", **counts))
+    assert corpus.splits["dev"]["label"].sum() == 365  # the constant answer: 0.6926 accuracy
+    assert corpus.splits["train"]["label"].mean() == pytest.approx(0.7044, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "in_domain_dev.tsv").unlink(), "has no in_domain_dev.tsv"),
+        (lambda folder: (folder / "in_domain_dev.tsv").write_text("x01\t1\tno mark column\n"), "line 1: 3 columns"),
+        (lambda folder: (folder / "in_domain_dev.tsv").write_text("x01\tyes\t\tBad label.\n"), "label ['yes']"),
+        (lambda folder: (folder / "in_domain_dev.tsv").write_text("x01\t1\t\tOnly one.\n"), "dev_sentences=40"),
+    ],
+    ids=["missing file", "missing column", "bad label", "too few"],
+)
+def test_a_broken_folder_is_one_line(cola_like, break_it, message):
+    break_it(cola_like)
+    with pytest.raises(InputError) as caught:
+        corpora.load_corpus(config(corpus=str(cola_like)))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_corpus_says_what_would_do():
+    with pytest.raises(InputError, match="corpus='grded' is neither 'graded', 'cola' nor a folder"):
+        corpora.load_corpus(config(corpus="grded"))
+
+
+def test_cola_without_folder_or_network_is_one_line(monkeypatch):
+    monkeypatch.delenv("SFTRL_COLA_DIR", raising=False)
+    with pytest.raises(InputError, match="set SFTRL_COLA_DIR") as caught:
+        corpora.load_corpus(config(corpus="cola"))
+    assert "\n" not in str(caught.value)

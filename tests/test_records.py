@@ -1,0 +1,61 @@
+"""Listing and publishing of finished stages."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from sftrl_utils import records
+
+KEYS = {"stage", "kind", "parent", "pipeline", "preset", "model", "corpus", "seed", "beta", "wall_s", "device", "gates"}
+
+
+@pytest.fixture
+def published(sft_then_rl, rl_then_sft, tmp_path):
+    for stage in (*sft_then_rl, *rl_then_sft):
+        records.publish(stage.path.parent, tmp_path)
+    return tmp_path
+
+
+def test_the_listing_has_every_key_and_the_metrics_of_both_ends(published, sft_then_rl):
+    rows = {row["stage"]: row for row in json.loads(records.runs_json(published))}
+    for stage in sft_then_rl:
+        row = rows[stage.record.stage]
+        assert KEYS <= set(row) and row["gates"] == "ok"
+        for metric in records.SUMMARY:
+            assert row[f"{metric}_start"] == pytest.approx(stage.metrics[metric].iloc[0], abs=1e-12)
+            assert row[f"{metric}_end"] == pytest.approx(stage.metrics[metric].iloc[-1], abs=1e-12)
+
+
+def test_one_line_a_stage(published):
+    lines = records.runs_text(published).splitlines()
+    assert len(lines) == 1 + len(records.finished_stages(published))
+    assert records.runs_text(published / "empty").startswith("no finished stages")
+
+
+def test_publishing_copies_records_and_metrics_but_no_weights(published):
+    names = {path.name for path in published.rglob("*") if path.is_file()}
+    assert names == {"metrics.parquet", "record.json"}
+
+
+def test_an_invalid_stage_says_which_gate_it_failed(published):
+    path = records.finished_stages(published)[0] / "record.json"
+    record = json.loads(path.read_text())
+    record["gates"]["eos"] = "1.00 of completions have no EOS"
+    path.write_text(json.dumps(record))
+    table = records.runs_table(published).set_index("stage")
+    assert table.loc[record["stage"], "gates"] == "eos: 1.00 of completions have no EOS"
+    assert not records.read_record(path.parent).valid
+
+
+def test_metrics_are_chosen_by_record_fields(published, sft_then_rl):
+    table = records.metrics_table(published, pipeline="sft_then_rl", seed=0)
+    columns = ["step", "sft_loss_dev"]
+    expected = sft_then_rl[1].metrics[columns]
+    pd.testing.assert_frame_equal(table[columns], expected)
+    assert records.metrics_table(published, pipeline="no_such").empty
+
+
+def test_the_base_model_s_metrics_are_those_before_the_first_stage(published, sft_then_rl):
+    base = records.base_metrics(published, preset="smoke")
+    assert base["sft_loss_dev"] == sft_then_rl[0].metrics["sft_loss_dev"].iloc[0]

@@ -1,0 +1,198 @@
+"""The store: a stage is trained once, depends on what it should, and survives being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sftrl_utils import records, stages, training
+from sftrl_utils.config import InputError, RunConfig
+
+METRICS = {"sft_loss", "sft_loss_sum", "mean_reward", "greedy_accuracy", "mcc", "acceptable_rate", "entropy"}
+
+
+def test_a_stage_leaves_a_model_a_table_and_a_record(sft_then_rl, small_config):
+    for stage in sft_then_rl:
+        assert {path.name for path in stage.path.iterdir()} == {"model", "metrics.parquet", "record.json"}
+        assert (stage.path / "model" / "model.safetensors").is_file()
+        columns = {f"{metric}_{split}" for metric in METRICS for split in ("train", "dev", "heldout")}
+        assert columns <= set(stage.metrics) and stage.metrics[list(columns)].notna().all(axis=None)
+        assert stage.metrics["step"].tolist() == list(range(11))
+    first, second = (stage.record for stage in sft_then_rl)
+    assert (first.parent, second.parent) == ("base", first.stage)
+    assert (first.pipeline, second.pipeline) == ("sft", "sft_then_rl")
+    assert second.config["rl_steps"] == small_config.rl_steps and second.valid
+
+
+def test_the_second_stage_starts_where_the_first_ended(sft_then_rl, rl_then_sft):
+    for first, second in (sft_then_rl, rl_then_sft):
+        end, start = first.metrics.iloc[-1], second.metrics.iloc[0]
+        for metric in METRICS:
+            assert start[f"{metric}_dev"] == pytest.approx(end[f"{metric}_dev"], abs=1e-6)
+        assert start["kl_start_dev"] == 0 < start["kl_base_dev"]
+
+
+def test_what_is_in_the_store_is_not_trained_again(sft_then_rl, small_config, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
+    again = stages.train_pipeline(small_config, "sft_then_rl")
+    assert [stage.record for stage in again] == [stage.record for stage in sft_then_rl]
+
+
+def test_the_same_run_from_an_empty_store_gives_identical_metrics(sft_then_rl, small_config, tmp_path):
+    again = stages.train_pipeline(small_config.model_copy(update={"out_dir": tmp_path}), "sft_then_rl")
+    for one, other in zip(sft_then_rl, again, strict=True):
+        pd.testing.assert_frame_equal(one.metrics, other.metrics, check_exact=True)
+
+
+def test_another_seed_gives_other_metrics(sft_then_rl, small_config):
+    other = stages.train_stage(small_config.model_copy(update={"seed": 1}), "sft")
+    assert other.metrics["sft_loss_dev"].iloc[-1] != sft_then_rl[0].metrics["sft_loss_dev"].iloc[-1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "changes"),
+    [
+        ("beta", 0.1, {"grpo"}),
+        ("rl_steps", 7, {"grpo"}),
+        ("group_size", 2, {"grpo"}),
+        ("sft_steps", 7, {"sft"}),
+        ("sft_learning_rate", 1e-5, {"sft"}),
+        ("seed", 9, {"sft", "grpo"}),
+        ("batch_size", 4, {"sft", "grpo"}),
+        ("preset", "tiny", set()),
+        ("out_dir", Path("elsewhere"), set()),
+    ],
+)
+def test_a_stage_depends_on_its_own_settings_only(small_config, setting, value, changes):
+    changed = small_config.model_copy(update={setting: value})
+    keys = {kind: [stages.stage_key(c, kind, "r", None) for c in (small_config, changed)] for kind in ("sft", "grpo")}
+    assert {kind for kind, (before, after) in keys.items() if before != after} == changes
+
+
+def test_a_stage_depends_on_corpus_model_and_parent(small_config, sft_then_rl):
+    key = stages.stage_key(small_config, "sft", "r", None)
+    other_model = small_config.model_copy(update={"model": "embedded-random"})
+    for other in (
+        stages.stage_key(small_config, "sft", "other", None),
+        stages.stage_key(other_model, "sft", "r", None),
+        stages.stage_key(small_config, "sft", "r", sft_then_rl[0]),
+    ):
+        assert other != key
+
+
+def test_code_counts_and_comments_do_not(monkeypatch):
+    source = 'def f(x):\n    """Doc."""\n    return x\n'
+    variants = {
+        "same": source,
+        "comment": source.replace("return x", "return x  # why"),
+        "docstring": source.replace("Doc.", "Other."),
+        "code": source.replace("return x", "return -x"),
+    }
+    prints = {}
+    for name, text in variants.items():
+        monkeypatch.setattr(stages.inspect, "getsource", lambda _, text=text: text)
+        prints[name] = stages.code_fingerprint()
+    assert prints["same"] == prints["comment"] == prints["docstring"] != prints["code"]
+
+
+RUN = """
+import sys
+from sftrl_utils import stages
+from sftrl_utils.config import RunConfig
+steps, folder = int(sys.argv[1]), sys.argv[2]
+config = RunConfig.from_parameters(
+    {"preset": "smoke", "model": "embedded", "sft_steps": steps, "dev_sentences": 20, "out_dir": folder}
+)
+print(stages.train_stage(config, "sft").path, flush=True)
+"""
+
+
+def start(folder, steps):
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(steps), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_killed_run_leaves_nothing_finished_and_the_next_one_completes(tmp_path):
+    run = start(tmp_path, 5000)
+    deadline = time.time() + 120
+    while not list(tmp_path.glob(".sft-*.lock")) and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(3)  # well inside the 5,000 updates
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert records.finished_stages(tmp_path) == []
+    config = RunConfig.from_parameters({"preset": "smoke", "model": "embedded", "sft_steps": 2, "out_dir": str(tmp_path)})
+    assert stages.train_stage(config, "sft").path.is_dir()
+
+
+def test_what_a_kill_while_writing_leaves_is_never_read_and_is_cleared(small_config, tmp_path):
+    config = small_config.model_copy(update={"out_dir": tmp_path, "sft_steps": 1})
+    whole = stages.train_stage(config, "sft").path
+    half = tmp_path / f".{whole.name}.12345.tmp"
+    whole.rename(half)
+    (half / "metrics.parquet").unlink()
+    assert records.finished_stages(tmp_path) == [] and records.runs_table(tmp_path).empty
+    assert stages.train_stage(config, "sft").path == whole
+    assert not half.exists() and records.finished_stages(tmp_path) == [whole]
+
+
+def test_two_processes_train_a_stage_once(tmp_path):
+    runs = [start(tmp_path, 3), start(tmp_path, 3)]
+    printed = [run.communicate(timeout=240)[0].strip() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert printed[0] == printed[1] and [str(path) for path in records.finished_stages(tmp_path)] == [printed[0]]
+
+
+def contents(folder):
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in Path(folder).rglob("*.*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model": "./nowhere"}, "model='./nowhere'"),
+        ({"corpus": "nowhere"}, "corpus='nowhere'"),
+        ({"train_sentences": 10**9}, "1000000000"),
+    ],
+)
+def test_bad_input_is_one_line_before_training_and_touches_nothing(sft_then_rl, small_config, change, named, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("training began"))
+    before = {path: contents(path) for path in records.finished_stages(small_config.out_dir)}
+    with pytest.raises(InputError) as caught:
+        stages.train_stage(small_config.model_copy(update=change), "sft")
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+    assert {path: contents(path) for path in before} == before
+
+
+def test_an_unwritable_store_is_one_line(small_config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="out_dir=.*cannot be written to"):
+        stages.train_stage(small_config.model_copy(update={"out_dir": tmp_path / "file" / "runs"}), "sft")
+
+
+def test_an_unknown_pipeline_is_one_line(small_config):
+    with pytest.raises(InputError, match="pipeline='sft_rl' does not exist: choose one of sft, grpo"):
+        stages.train_pipeline(small_config, "sft_rl")
+
+
+def test_the_summary_shows_start_and_end_of_every_metric(sft_then_rl):
+    stage = sft_then_rl[1]
+    table = stage.summary()
+    assert table.loc["sft_loss", ("dev", "end")] == stage.metrics["sft_loss_dev"].iloc[-1]
+    assert table.loc["kl_base", ("train", "start")] == stage.metrics["kl_base_train"].iloc[0]
+    assert len(table) * 3 == stage.metrics.shape[1] - 1
+
+
+def test_the_record_is_json_that_says_where_the_numbers_come_from(sft_then_rl):
+    record = json.loads((sft_then_rl[0].path / "record.json").read_text())
+    assert set(record["versions"]) == set(records.PACKAGES)
+    assert record["seed"] == 0 and record["key"]["settings"]["sft_steps"] == 10
+    assert record["device"].startswith("cpu") and record["wall_s"] > 0
+    assert os.path.basename(sft_then_rl[0].path) == record["stage"]
