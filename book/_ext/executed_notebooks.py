@@ -1,0 +1,46 @@
+"""Sphinx extension: a notebook's page shows its executed copy, while links keep pointing at the source.
+
+When Sphinx reads `notebooks/X.ipynb` its text is replaced by the copy that `sftrl book` executed, found
+in the folder named by the environment variable SFTRL_EXECUTED. A missing, outdated or failed copy ends
+the build.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import nbformat
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
+
+from sftrl_utils import publishing
+
+GLUED_FROM = re.compile(r"notebooks/(\w+\.ipynb)")
+
+
+def stage(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Replace a notebook's text by its page; make a page that glues from notebooks depend on their copies."""
+    root = Path(app.srcdir)
+    folder = root / os.environ.get("SFTRL_EXECUTED", str(publishing.EXECUTED / "tiny"))
+    source = Path(app.env.doc2path(docname))
+    if source.suffix != ".ipynb":
+        for name in set(GLUED_FROM.findall(content[0])):
+            app.env.note_dependency(str(folder / name))
+        return
+    copy = folder / source.name
+    if not copy.is_file():
+        raise ExtensionError(f"{docname}: {copy} is missing: run `sftrl book`")
+    try:
+        executed = nbformat.read(copy, as_version=4)
+        page = publishing.staged_notebook(
+            nbformat.reads(content[0], as_version=4), executed, publishing.read_run(copy), root
+        )
+    except ValueError as error:
+        raise ExtensionError(f"{docname}: {error}: run `sftrl book`") from error
+    app.env.note_dependency(str(copy))
+    content[0] = nbformat.writes(page)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("source-read", stage)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

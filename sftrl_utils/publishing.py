@@ -1,0 +1,172 @@
+"""Executed notebooks for the book: run them once, and stage the executed copies into its pages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+from nbformat import NotebookNode
+
+from sftrl_utils.config import InputError, data_dir
+from sftrl_utils.records import versions
+
+EXECUTED = Path("_build/executed")
+_STALE_METADATA = ("papermill", "execution", "widgets")
+
+
+def notebooks(root: Path) -> list[Path]:
+    """The book's notebooks in reading order, from `_toc.yml`. Raises `InputError` outside a checkout."""
+    toc = root / "_toc.yml"
+    if not toc.is_file():
+        raise InputError(f"{str(root)!r} holds no _toc.yml: run this from the book's own folder")
+    contents = yaml.safe_load(toc.read_text(encoding="utf-8"))
+    chapters = [chapter for part in contents["parts"] for chapter in part["chapters"]]
+    files = [root / f"{chapter['file']}.ipynb" for chapter in chapters]
+    return [path for path in files if path.parent.name == "notebooks" and path.is_file()]
+
+
+def execute(preset: str, root: Path = Path(".")) -> list[Path]:
+    """Run every notebook of the book at `preset` whose executed copy is missing or out of date.
+
+    A copy is written under another name and renamed when whole, with a run record beside it. Raises
+    `InputError` naming the notebook and the last line of its error; other copies stay as they were.
+    """
+    copies = []
+    for source in notebooks(root):
+        copy = root / EXECUTED / preset / source.name
+        key = notebook_key(source, preset, root)
+        if copy.is_file() and read_run(copy).get("key") == key:
+            print(f"{source.stem}: up to date", flush=True)
+        else:
+            _execute_one(source, copy, key, preset, root)
+        copies.append(copy)
+    return copies
+
+
+def _execute_one(source: Path, copy: Path, key: str, preset: str, root: Path) -> None:
+    print(f"{source.stem}: running at preset {preset}", flush=True)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = copy.with_suffix(".unfinished.ipynb")
+    clock = time.perf_counter()
+    for attempt in (1, 2):
+        try:
+            papermill.execute_notebook(
+                source, unfinished, {"preset": preset}, kernel_name="python3", cwd=root, progress_bar=False,
+                stderr_file=sys.stderr,
+            )  # fmt: skip
+            break
+        except papermill.PapermillExecutionError as error:
+            raise InputError(f"{source.name}: {error.ename}: {str(error.evalue).splitlines()[0]}") from None
+        except RuntimeError as error:  # a kernel that died before it was ready, e.g. over a port: once more
+            if attempt == 2:
+                raise InputError(f"{source.name}: its kernel did not start: {error}") from None
+    wall = time.perf_counter() - clock
+    run = {
+        "key": key,
+        "preset": preset,
+        "date": datetime.now(UTC).date().isoformat(),
+        "wall_s": round(wall, 1),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+    }
+    unfinished.replace(copy)
+    _record_path(copy).write_text(json.dumps(run, indent=2) + "\n")
+    print(f"{source.stem}: done in {wall:.0f} s", flush=True)
+
+
+def notebook_key(source: Path, preset: str, root: Path) -> str:
+    """Hash of all that an executed copy depends on: code cells, preset, package, shipped data, lock."""
+    digest = hashlib.sha256(f"{preset}\n{json.dumps(code_cells(nbformat.read(source, as_version=4)))}".encode())
+    package = sorted(Path(__file__).parent.glob("*.py"))
+    shipped = sorted(path for path in data_dir().rglob("*") if path.is_file())
+    for path in [*package, *shipped, root / "requirements.lock"]:
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def code_cells(notebook: NotebookNode) -> list[tuple[str, str]]:
+    """Id and source of each code cell that a person wrote (papermill's injected one left out)."""
+    return [
+        (cell.id, cell.source)
+        for cell in notebook.cells
+        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
+
+
+def read_run(copy: Path) -> dict[str, Any]:
+    """The run record beside an executed copy; empty if there is none."""
+    path = _record_path(copy)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _record_path(copy: Path) -> Path:
+    return copy.with_suffix(".json")
+
+
+def build(preset: str, root: Path = Path(".")) -> Path:
+    """Build the HTML book from the executed copies of `preset`; a warning is an error. Returns its first page."""
+    command = [sys.executable, "-m", "jupyter_book", "build", ".", "--path-output", ".", "-W", "-n", "--keep-going", "-q"]
+    environment = {**os.environ, "SFTRL_EXECUTED": str(EXECUTED / preset)}
+    if subprocess.run(command, cwd=root, env=environment).returncode:
+        raise InputError("the book did not build: the warnings above say where")
+    return root / "_build" / "html" / "index.html"
+
+
+def staged_notebook(source: NotebookNode, executed: NotebookNode, run: dict[str, Any], root: Path) -> NotebookNode:
+    """The page of a notebook: markdown from `source`, code and outputs from `executed`.
+
+    Adds a "last run" line after the title, hides papermill's parameters cell, drops what papermill and
+    widgets left in the metadata, and makes paths under `root` relative. Raises `ValueError` if the copy's
+    code is not the source's or if it holds an error.
+    """
+    if code_cells(source) != code_cells(executed):
+        raise ValueError("its executed copy was made from other code")
+    outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
+    if any(output.output_type == "error" for output in outputs):
+        raise ValueError("its executed copy holds an error")
+    ran = {cell.id: cell for cell in executed.cells if cell.cell_type == "code"}
+    page = nbformat.v4.new_notebook(metadata=source.metadata)
+    for cell in source.cells:
+        page.cells.append(_cleaned(ran[cell.id], root) if cell.cell_type == "code" else cell)
+        if len(page.cells) == 1 and run:
+            page.cells.append(nbformat.v4.new_markdown_cell(last_run_line(run), id="last-run"))
+    injected = [cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    for cell in injected:
+        place = next(i for i, c in enumerate(page.cells) if "parameters" in c.metadata.get("tags", [])) + 1
+        cell.metadata["tags"] = [*cell.metadata["tags"], "remove-cell"]
+        page.cells.insert(place, _cleaned(cell, root))
+    return page
+
+
+def last_run_line(run: dict[str, Any]) -> str:
+    """One line of Markdown: when, how and with what the page was computed."""
+    packages = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return (
+        f"*Last run {run['date']}: preset `{run['preset']}`, {run['wall_s']:.0f} s on {run['cores']} CPU cores; "
+        f"{packages}.*"
+    )
+
+
+def _cleaned(cell: NotebookNode, root: Path) -> NotebookNode:
+    for name in _STALE_METADATA:
+        cell.metadata.pop(name, None)
+    prefix = str(root.resolve()) + os.sep
+    for output in cell.outputs:
+        for name in _STALE_METADATA:
+            output.get("metadata", {}).pop(name, None)
+        if "text" in output:
+            output.text = output.text.replace(prefix, "")
+        for mime, value in output.get("data", {}).items():
+            if isinstance(value, str) and mime.startswith("text/"):
+                output.data[mime] = value.replace(prefix, "")
+    return cell
