@@ -44,9 +44,7 @@ def mean_change(values: np.ndarray | pd.Series) -> tuple[float, float, float]:
     return float(values.mean()), float(interval.low), float(interval.high)
 
 
-def change_intervals(
-    store: Path, pipelines: list[str], metrics: list[str], preset: str = "tiny"
-) -> pd.DataFrame:
+def change_intervals(store: Path, pipelines: list[str], metrics: list[str], preset: str = "tiny") -> pd.DataFrame:
     """Mean change of each metric over the last stage of each pipeline, with interval.
 
     One row per (pipeline, metric); `rose` counts the seeds in which the metric rose.

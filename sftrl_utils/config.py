@@ -155,9 +155,7 @@ class RunConfig(BaseModel):
             raise InputError(f"preset={preset!r} does not exist: choose one of {', '.join(PRESETS)}")
         for name, value in given.items():
             if name not in cls.model_fields:
-                raise InputError(
-                    f"{name}={value!r} is not a parameter: choose from {', '.join(cls.model_fields)}"
-                )
+                raise InputError(f"{name}={value!r} is not a parameter: choose from {', '.join(cls.model_fields)}")
         chosen = {name: value for name, value in given.items() if value is not None}
         try:
             return cls.model_validate({"preset": preset, **PRESETS[preset], **chosen})

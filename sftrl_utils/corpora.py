@@ -26,7 +26,9 @@ COLA_IN_DOMAIN_DEV = 527  # GLUE's validation split is CoLA's in-domain dev file
 
 PROMPTS = {
     "label": "Is this sentence acceptable English? Answer with one word, acceptable or unacceptable.\n{sentence}",
-    "rationale": "Is this sentence acceptable English? Answer acceptable or unacceptable and give a reason.\n{sentence}",
+    "rationale": (
+        "Is this sentence acceptable English? Answer acceptable or unacceptable and give a reason.\n{sentence}"
+    ),
 }
 
 

@@ -62,9 +62,9 @@ def score_responses(
 def _score_batch(model, tokenizer, prompts, responses, per_prompt):
     """Log-probability, length and greediness of each of the `len(prompts) * per_prompt` responses."""
     prompt = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    answer = tokenizer(
-        responses, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
-    ).to(model.device)
+    answer = tokenizer(responses, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False).to(
+        model.device
+    )
     positions = (prompt["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     encoded = model(
         input_ids=prompt["input_ids"],

@@ -74,7 +74,9 @@ def seeds_figure(store: Path, pipelines: Sequence[str], metric: str, split: str,
     parts = [second_stage(store, name, preset).assign(stage=PIPELINE_NAMES[name]) for name in pipelines]
     table, column = pd.concat(parts, ignore_index=True), f"{metric}_{split}"
     figure, axis = plt.subplots()
-    sns.lineplot(table, x="step", y=column, hue="stage", style="stage", markers=True, errorbar=("ci", 95), seed=0, ax=axis)
+    sns.lineplot(
+        table, x="step", y=column, hue="stage", style="stage", markers=True, errorbar=("ci", 95), seed=0, ax=axis
+    )
     base = base_metrics(store, preset)[column]
     axis.axhline(base, color="0.5", linestyle="--", linewidth=1, label="base model")
     axis.set(xlabel="update step of the second stage", ylabel=f"{LABELS[metric]}, {SPLIT_NAMES[split]}")

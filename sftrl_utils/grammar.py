@@ -123,7 +123,9 @@ def _reflexives(pick: _Pick) -> _Set:
 def _polarity(pick: _Pick) -> _Set:
     subject, verb, object_ = pick(PEOPLE), pick(SOCIAL).participle, pick(PEOPLE).sg
     rest = f"ever {verb} the {object_}."
-    good = pick((f"No {subject.sg} has {rest}", f"Hardly any {subject.pl} have {rest}", f"Few {subject.pl} have {rest}"))
+    good = pick(
+        (f"No {subject.sg} has {rest}", f"Hardly any {subject.pl} have {rest}", f"Few {subject.pl} have {rest}")
+    )
     bad = pick((f"The {subject.sg} has {rest}", f"Some {subject.pl} have {rest}", f"Every {subject.sg} has {rest}"))
     marginal, q = pick((
         (f"Exactly two {subject.pl} have {rest}", 0.45),

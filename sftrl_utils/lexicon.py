@@ -20,6 +20,10 @@ class Verb(NamedTuple):
     participle: str
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 def _nouns(text: str, reflexive: str | None = None) -> tuple[Noun, ...]:
     pairs = (word.split("/") for word in text.split())
     return tuple(Noun(pair[0], pair[1] if len(pair) > 1 else pair[0] + "s", reflexive) for pair in pairs)
@@ -29,9 +33,7 @@ def _verbs(text: str) -> tuple[Verb, ...]:
     return tuple(Verb(*word.split("/")) for word in text.split())
 
 
-MEN = _nouns(
-    "boy king uncle prince waiter actor monk grandfather brother father son husband nephew man/men", "himself"
-)
+MEN = _nouns("boy king uncle prince waiter actor monk grandfather brother father son husband nephew man/men", "himself")
 WOMEN = _nouns(
     "girl queen aunt princess/princesses waitress/waitresses actress/actresses nun grandmother sister "
     "mother daughter wife/wives niece woman/women",
@@ -88,16 +90,14 @@ PARTICLE = (
     ("gave", "away"), ("cleaned", "up"), ("sent", "back"), ("wrapped", "up"), ("handed", "over"),
 )  # fmt: skip
 
-THINGS = (
+THINGS = _words(
     "letter book map box key table chair picture cup bottle lamp coat bag basket clock ladder rope wheel "
     "plate candle mirror blanket carpet guitar camera painting newspaper hammer bucket pillow"
-).split()
-PLACES = (
-    "garden kitchen park station library market village theatre museum office harbour castle church school"
-).split()
-ADJECTIVES = (
+)
+PLACES = _words("garden kitchen park station library market village theatre museum office harbour castle church school")
+ADJECTIVES = _words(
     "tall young old quiet clever kind proud tired angry famous friendly nervous honest lazy polite rich "
     "poor strong brave careful"
-).split()
-ADVERBS = "quickly slowly carefully quietly secretly gladly calmly eagerly gently proudly".split()
+)
+ADVERBS = _words("quickly slowly carefully quietly secretly gladly calmly eagerly gently proudly")
 NEAR = ("near", "behind", "beside", "next to")

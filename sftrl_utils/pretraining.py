@@ -29,7 +29,9 @@ SPECIAL_TOKENS = [
 ]
 VOCABULARY = 2048  # at most: every word of the grammar is one token, and bytes cover the rest
 # The same split of text into words as Qwen3's tokenizer makes, so that prompts end on a token boundary.
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 DIALOGUES = 60_000  # distinct sentences, none of them in train, dev or heldout
 RATIONALE_SHARE = 0.2  # enough that the format of both response styles is known
 ATTENTION = 0.5  # share of judgements that heed the sentence: above chance, and room for SFT below Bayes
@@ -44,7 +46,10 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on `texts`, with Qwen3's special tokens and TRL's Qwen3 chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

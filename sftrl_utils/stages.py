@@ -106,10 +106,8 @@ def code_fingerprint() -> str:
     for module in RESULT_MODULES:
         tree = ast.parse(inspect.getsource(module))
         for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                    body.pop(0)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                node.body.pop(0)
         digest.update(ast.dump(tree).encode())
     return digest.hexdigest()[:16]
 
@@ -122,7 +120,9 @@ def writable_store(folder: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"out_dir={str(folder)!r} cannot be written to ({error.strerror}): name another folder") from None
+        raise InputError(
+            f"out_dir={str(folder)!r} cannot be written to ({error.strerror}): name another folder"
+        ) from None
     return folder
 
 

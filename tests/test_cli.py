@@ -61,6 +61,8 @@ def test_what_cannot_be_done_is_one_line_and_status_two(arguments, message, caps
 
 
 def test_help_names_every_command():
-    shown = subprocess.run([sys.executable, "-m", "sftrl_utils.cli", "--help"], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "sftrl_utils.cli", "--help"], capture_output=True, text=True, check=True
+    )
     for command in ("book", "run", "runs", "publish", "corpus", "base"):
         assert f"    {command} " in shown.stdout

@@ -100,7 +100,9 @@ def test_the_constant_answer_on_cola_s_dev_file_earns_the_paper_s_reward():
 
 
 def test_an_answer_that_cannot_be_parsed_is_wrong():
-    metrics = evaluation.answer_metrics(scores_of(np.full(4, 0.1), np.full(4, 0.1)), np.array([0, 1, 0, 1]), np.full(4, 0.5), {})
+    metrics = evaluation.answer_metrics(
+        scores_of(np.full(4, 0.1), np.full(4, 0.1)), np.array([0, 1, 0, 1]), np.full(4, 0.5), {}
+    )
     assert metrics["greedy_accuracy"] == 0 and metrics["acceptable_rate"] == 0
     assert metrics["format_rate"] == pytest.approx(0.2) and metrics["mean_reward"] == pytest.approx(-0.8)
 

@@ -128,7 +128,9 @@ def test_a_killed_run_leaves_nothing_finished_and_the_next_one_completes(tmp_pat
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert records.finished_stages(tmp_path) == []
-    config = RunConfig.from_parameters({"preset": "smoke", "model": "embedded", "sft_steps": 2, "out_dir": str(tmp_path)})
+    config = RunConfig.from_parameters(
+        {"preset": "smoke", "model": "embedded", "sft_steps": 2, "out_dir": str(tmp_path)}
+    )
     assert stages.train_stage(config, "sft").path.is_dir()
 
 
@@ -151,7 +153,11 @@ def test_two_processes_train_a_stage_once(tmp_path):
 
 
 def contents(folder):
-    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in Path(folder).rglob("*.*") if path.is_file()}
+    return {
+        str(path): (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in Path(folder).rglob("*.*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(
@@ -162,7 +168,9 @@ def contents(folder):
         ({"train_sentences": 10**9}, "1000000000"),
     ],
 )
-def test_bad_input_is_one_line_before_training_and_touches_nothing(sft_then_rl, small_config, change, named, monkeypatch):
+def test_bad_input_is_one_line_before_training_and_touches_nothing(
+    sft_then_rl, small_config, change, named, monkeypatch
+):
     monkeypatch.setattr(training, "train", lambda *_: pytest.fail("training began"))
     before = {path: contents(path) for path in records.finished_stages(small_config.out_dir)}
     with pytest.raises(InputError) as caught:
