@@ -36,7 +36,7 @@ DIALOGUES = 60_000  # distinct sentences, none of them in train, dev or heldout
 RATIONALE_SHARE = 0.2  # enough that the format of both response styles is known
 ATTENTION = 0.5  # share of judgements that heed the sentence: above chance, and room for SFT below Bayes
 BASE_RATE = 0.7  # what an inattentive judge answers "acceptable" with: the corpus's own share
-EPOCHS = 3
+EPOCHS = 2  # the judgements have levelled off: see pretraining.json
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3  # usual for one million parameters from scratch, cosine decay, 5 % warm-up
 SEED = 0
@@ -71,11 +71,11 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Untrained Qwen3 of 1.05 M parameters: 4 layers of width 128, tied embeddings."""
+    """Untrained Qwen3 of about a million parameters: 4 layers of width 128, tied embeddings."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=384,
+        intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -127,7 +127,7 @@ def pretrain(folder: Path, sentences: int = DIALOGUES, max_steps: int = -1) -> l
     """
     judged = judged_sentences(sentences)
     reasons = (response_text(row.label, "rationale", row.phenomenon) for row in judged.itertuples())
-    tokenizer = build_tokenizer([*judged["sentence"], *reasons, *list(PROMPTS.values()) * 100, *["user\n\n"] * 100])
+    tokenizer = build_tokenizer([*judged["sentence"], *reasons, *list(PROMPTS.values()) * 100, *["user assistant\n\n", "assistant"] * 100])
     texts = dialogues(tokenizer, judged)
     set_seed(SEED)
     model = build_model(tokenizer)
