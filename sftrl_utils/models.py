@@ -21,7 +21,7 @@ def base_dir() -> Path:
 
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in float32 on the CPU, in eval mode, and its tokenizer with left padding.
+    """Model in float32, in eval mode, on the GPU if there is one, and its tokenizer with left padding.
 
     `name` is `embedded`, `embedded-random`, a folder, a `.gguf` file or a hub id. Weights are read from
     safetensors or GGUF only and no remote code is run. Float32 because small updates vanish in pure
@@ -51,7 +51,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if hasattr(model.config, "quantization_config"):  # a GGUF model refuses to be saved with it
         del model.config.quantization_config
         model.hf_quantizer = None
-    return model.eval(), tokenizer
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -126,8 +126,9 @@ def pretrain(folder: Path, sentences: int = DIALOGUES, max_steps: int = -1) -> l
     judgements together. `max_steps` above 0 ends early; the first 100 steps warm up and stay the same.
     """
     judged = judged_sentences(sentences)
-    reasons = (response_text(row.label, "rationale", row.phenomenon) for row in judged.itertuples())
-    tokenizer = build_tokenizer([*judged["sentence"], *reasons, *list(PROMPTS.values()) * 100, *["user assistant\n\n", "assistant"] * 100])
+    reasons = [response_text(row.label, "rationale", row.phenomenon) for row in judged.itertuples()]
+    fixed = [*PROMPTS.values(), "user assistant\n\n", "assistant"] * 100  # often enough to become whole tokens
+    tokenizer = build_tokenizer([*judged["sentence"], *reasons, *fixed])
     texts = dialogues(tokenizer, judged)
     set_seed(SEED)
     model = build_model(tokenizer)
