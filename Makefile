@@ -27,8 +27,8 @@ setup: .venv/.complete  ## make .venv with everything in it (automatic)
 	fi; \
 	if [ ! -f $@ ]; then "$$found" -m venv --clear .venv; fi
 	@rm -f $@
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --no-build-isolation -e .
 	@touch $@
 
 book: setup  ## execute every notebook (PRESET=tiny) and build the HTML
