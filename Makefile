@@ -8,7 +8,7 @@ NBSTRIPOUT := $(BIN)/nbstripout --keep-id --extra-keys \
 	"metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.widgets"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lint format lock clean
+.PHONY: help setup book test lint format lock base results clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -53,6 +53,14 @@ lock: setup  ## write requirements.lock again from pyproject.toml (UPGRADE=--upg
 		--output-file requirements.lock pyproject.toml
 	@sed -i.part 's/^\(torch==[^+]*\)+.*/\1/' requirements.lock && rm requirements.lock.part
 	@echo "requirements.lock is up to date"
+
+base: setup  ## pre-train the embedded base model again into data/base (a quarter of an hour)
+	$(BIN)/sftrl base --to data/base
+
+results: setup  ## run the published experiments again, tables into data/results (an hour)
+	@set -e; for seed in 0 1 2 3 4; do for pipeline in sft_then_rl rl_then_sft sft_then_sft rl_then_rl; do \
+		$(BIN)/sftrl run $$pipeline -p preset tiny -p seed $$seed -p out_dir runs/published; done; done
+	$(BIN)/sftrl publish --dir runs/published --to data/results
 
 clean:  ## remove what was built; .venv and the trained stages in runs/ stay
 	rm -rf _build .coverage* .pytest_cache .ruff_cache

@@ -115,19 +115,8 @@ def _record_path(copy: Path) -> Path:
 
 def build(preset: str, root: Path = Path(".")) -> Path:
     """Build the HTML book from the executed copies of `preset`; a warning is an error. Returns its first page."""
-    command = [
-        sys.executable,
-        "-m",
-        "jupyter_book",
-        "build",
-        ".",
-        "--path-output",
-        ".",
-        "-W",
-        "-n",
-        "--keep-going",
-        "-q",
-    ]
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "--path-output", "."]
+    command += ["-W", "-n", "--keep-going", "-q"]
     environment = {**os.environ, "SFTRL_EXECUTED": str(EXECUTED / preset)}
     if subprocess.run(command, cwd=root, env=environment).returncode:
         raise InputError("the book did not build: the warnings above say where")

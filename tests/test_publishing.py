@@ -1,0 +1,212 @@
+"""The pages show executed copies: what is staged, what is refused, what is run again."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from sftrl_utils import publishing
+from sftrl_utils.config import PRESETS, InputError
+
+ROOT = Path(__file__).parent.parent
+RUN = {"date": "2026-01-02", "preset": "tiny", "wall_s": 61.4, "cores": 2, "versions": {"torch": "9.9"}}
+
+
+@pytest.fixture
+def source():
+    return new_notebook(
+        cells=[
+            new_markdown_cell("# Title", id="title"),
+            new_code_cell('preset = "tiny"', id="params", metadata={"tags": ["parameters"]}),
+            new_markdown_cell("New prose", id="prose"),
+            new_code_cell("1 + 1", id="sum"),
+        ]
+    )
+
+
+@pytest.fixture
+def executed(source, tmp_path):
+    """The source as papermill leaves it, with older prose, output, stale metadata and an absolute path."""
+    copy = nbformat.from_dict(source)
+    copy = nbformat.reads(nbformat.writes(copy), as_version=4)
+    copy.cells[2].source = "Old prose"
+    text = f"saved to {tmp_path.resolve()}/runs"
+    copy.cells[3].outputs = [
+        new_output("stream", text=text),
+        new_output("execute_result", data={"text/plain": text}, metadata={"papermill": {}}),
+    ]
+    copy.cells[3].metadata = {"papermill": {"duration": 1}, "execution": {"a": 1}}
+    copy.metadata = {"papermill": {"parameters": {}}, "widgets": {}}
+    copy.cells.insert(2, new_code_cell('preset = "smoke"', metadata={"tags": ["injected-parameters"]}))
+    return copy
+
+
+def page_of(source, executed, root):
+    page = publishing.staged_notebook(source, executed, RUN, root)
+    return page, {cell.id: cell for cell in page.cells}
+
+
+def test_prose_comes_from_the_source_and_outputs_from_the_copy(source, executed, tmp_path):
+    _, cells = page_of(source, executed, tmp_path)
+    assert cells["prose"].source == "New prose"
+    assert len(cells["sum"].outputs) == 2
+
+
+def test_the_last_run_line_follows_the_title(source, executed, tmp_path):
+    page, _ = page_of(source, executed, tmp_path)
+    assert page.cells[0].id == "title" and page.cells[1].id == "last-run"
+    for part in ("2026-01-02", "`tiny`", "61 s", "torch 9.9"):
+        assert part in page.cells[1].source
+
+
+def test_the_injected_cell_is_hidden_and_metadata_is_clean(source, executed, tmp_path):
+    page, cells = page_of(source, executed, tmp_path)
+    [injected] = [cell for cell in page.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    assert "remove-cell" in injected.metadata["tags"]
+    assert page.cells.index(injected) == page.cells.index(cells["params"]) + 1
+    text = nbformat.writes(page)
+    assert "papermill" not in text.replace("injected-parameters", "") and "widgets" not in text
+    assert not cells["sum"].metadata
+
+
+def test_absolute_paths_become_relative(source, executed, tmp_path):
+    _, cells = page_of(source, executed, tmp_path)
+    stream, result = cells["sum"].outputs
+    assert stream.text == result.data["text/plain"] == "saved to runs"
+
+
+def test_a_copy_of_other_code_is_refused(source, executed, tmp_path):
+    source.cells[3].source = "1 + 2"
+    with pytest.raises(ValueError, match="other code"):
+        publishing.staged_notebook(source, executed, RUN, tmp_path)
+
+
+def test_a_copy_with_an_error_is_refused(source, executed, tmp_path):
+    executed.cells[4].outputs = [new_output("error", ename="E", evalue="v", traceback=[])]
+    with pytest.raises(ValueError, match="error"):
+        publishing.staged_notebook(source, executed, RUN, tmp_path)
+
+
+@pytest.fixture
+def small_book(tmp_path, source):
+    """A book of one notebook that needs no training."""
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(source, tmp_path / "notebooks" / "one.ipynb")
+    (tmp_path / "_toc.yml").write_text(
+        "format: jb-book\nroot: book/welcome\nparts:\n- chapters:\n  - file: notebooks/one\n  - file: book/page\n"
+    )
+    (tmp_path / "requirements.lock").write_text("torch==1\n")
+    return tmp_path
+
+
+def test_a_notebook_is_executed_once_and_again_after_a_change(small_book):
+    [copy] = publishing.execute("smoke", small_book)
+    assert copy == small_book / "_build" / "executed" / "smoke" / "one.ipynb"
+    executed = nbformat.read(copy, as_version=4)
+    assert executed.cells[-1].outputs[0].data["text/plain"] == "2"
+    assert 'preset = "smoke"' in executed.cells[2].source
+    assert publishing.read_run(copy)["preset"] == "smoke"
+    first = copy.stat().st_mtime_ns
+    publishing.execute("smoke", small_book)
+    assert copy.stat().st_mtime_ns == first
+    notebook = nbformat.read(small_book / "notebooks" / "one.ipynb", as_version=4)
+    notebook.cells[2].source = "Only prose changed"
+    nbformat.write(notebook, small_book / "notebooks" / "one.ipynb")
+    publishing.execute("smoke", small_book)
+    assert copy.stat().st_mtime_ns == first
+    notebook.cells[3].source = "2 + 3"
+    nbformat.write(notebook, small_book / "notebooks" / "one.ipynb")
+    publishing.execute("smoke", small_book)
+    assert nbformat.read(copy, as_version=4).cells[-1].outputs[0].data["text/plain"] == "5"
+
+
+def test_a_failing_notebook_is_one_line_and_the_last_good_copy_stays(small_book):
+    [copy] = publishing.execute("smoke", small_book)
+    good = copy.read_bytes()
+    notebook = nbformat.read(small_book / "notebooks" / "one.ipynb", as_version=4)
+    notebook.cells[3].source = "raise ValueError('broken on purpose')"
+    nbformat.write(notebook, small_book / "notebooks" / "one.ipynb")
+    with pytest.raises(InputError, match=r"one.ipynb: ValueError: broken on purpose") as caught:
+        publishing.execute("smoke", small_book)
+    assert "\n" not in str(caught.value)
+    assert copy.read_bytes() == good
+
+
+@pytest.mark.parametrize("changed", ["preset", "lock"])
+def test_preset_and_lock_count_for_the_key(small_book, changed):
+    notebook = small_book / "notebooks" / "one.ipynb"
+    before = publishing.notebook_key(notebook, "smoke", small_book)
+    if changed == "lock":
+        (small_book / "requirements.lock").write_text("torch==2\n")
+    assert publishing.notebook_key(notebook, "tiny" if changed == "preset" else "smoke", small_book) != before
+
+
+def test_outside_a_checkout_it_says_where_to_go(tmp_path):
+    with pytest.raises(InputError, match="holds no _toc.yml"):
+        publishing.execute("smoke", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The real book, its notebooks executed at `smoke`, built with warnings as errors."""
+    root = tmp_path_factory.mktemp("book") / "checkout"
+    ignored = shutil.ignore_patterns(".venv", "_build", "runs", ".git", "__pycache__", "tests")
+    shutil.copytree(ROOT, root, ignore=ignored)
+    copies = publishing.execute("smoke", root)
+    index = publishing.build("smoke", root)
+    return root, copies, index
+
+
+@pytest.mark.xdist_group("book")
+def test_the_book_builds_without_a_warning_and_shows_both_claims_first(built):
+    root, copies, index = built
+    assert len(copies) >= 4 and index.is_file()
+    welcome = (root / "_build" / "html" / "book" / "welcome.html").read_text(encoding="utf-8")
+    first_screen = welcome[: welcome.index("Where to go")]
+    assert "RL after SFT raises the SFT loss" in first_screen and "SFT after RL lowers the reward" in first_screen
+    article = first_screen[first_screen.index("<article") :]
+    assert len(re.findall(r'<img[^>]+src="\.\./_images/[^"]+\.png"', article)) == 2
+
+
+@pytest.mark.xdist_group("book")
+def test_pages_show_outputs_source_code_and_the_last_run(built):
+    root, copies, _ = built
+    for copy in copies:
+        page = (root / "_build" / "html" / "notebooks" / f"{copy.stem}.html").read_text(encoding="utf-8")
+        assert "Last run" in page and "preset <code" in page
+        assert re.search(r'<span class="nf">(sft_config|grpo_config|train_stage)</span>', page)
+        assert "injected" not in page and "{glue" not in page and str(root) not in page
+
+
+@pytest.mark.xdist_group("book")
+def test_a_missing_copy_stops_the_build(built, capfd):
+    root, copies, _ = built
+    hidden = copies[0].with_suffix(".hidden")
+    copies[0].rename(hidden)
+    (root / "notebooks" / copies[0].name).touch()
+    try:
+        with pytest.raises(InputError, match="did not build"):
+            publishing.build("smoke", root)
+        assert "run `sftrl book`" in "".join(capfd.readouterr())
+    finally:
+        hidden.rename(copies[0])
+
+
+def test_the_page_on_reproducing_lists_every_preset_and_command():
+    page = (ROOT / "book" / "reproducing.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)`", page, flags=re.MULTILINE)) == set(PRESETS)
+    shown = subprocess.run([sys.executable, "-m", "sftrl_utils.cli", "--help"], capture_output=True, text=True).stdout
+    for command in re.findall(r"sftrl (\w+)", page):
+        assert f"    {command} " in shown
+
+
+def test_run_records_are_json_beside_the_copy(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(RUN))
+    assert publishing.read_run(tmp_path / "x.ipynb") == RUN
+    assert publishing.read_run(tmp_path / "y.ipynb") == {}

@@ -1,0 +1,105 @@
+"""The tree keeps its own rules: imports point downwards, pins agree, what ships is declared."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = sorted((ROOT / "sftrl_utils").glob("*.py"))
+ROWS = [
+    {"cli"},
+    {"publishing", "sweeps"},
+    {"claims", "figures"},
+    {"stages"},
+    {"training", "pretraining"},
+    {"evaluation", "rewards"},
+    {"corpora", "models"},
+    {"grammar", "tabular"},
+    {"lexicon"},
+    {"config", "records"},
+]
+ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
+# What an import name is called where packages are declared.
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML", "myst_nb": "myst-nb"}
+
+
+def imports(path):
+    """Every module that a file imports, `from a import b` as both `a` and `a.b`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+def test_a_module_imports_only_from_rows_below_its_own(path):
+    if path.stem == "__init__":
+        assert list(imports(path)) == []
+        return
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("sftrl_utils.")}
+    modules = {module.stem for module in PACKAGE}
+    for other in ours & modules:
+        assert ROW[other] > ROW[path.stem], f"{path.stem} imports {other}, which is not in a row below"
+
+
+def test_contributing_shows_the_same_rows():
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = [set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table.splitlines() if line.startswith("| `")]
+    modules = {path.stem for path in PACKAGE}
+    assert [row & modules for row in ROWS if row & modules and row != {"lexicon"}] == [
+        row - {"lexicon"} for row in shown
+    ]
+
+
+def declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    names = {group: {re.match(r"[\w.-]+", spec)[0].lower() for spec in specs} for group, specs in extras.items()}
+    return {re.match(r"[\w.-]+", spec)[0].lower() for spec in project["dependencies"]}, names
+
+
+def test_every_package_that_the_code_imports_is_declared():
+    needed, _ = declared()
+    used = {name.split(".")[0] for path in PACKAGE for name in imports(path)}
+    foreign = used - set(sys.stdlib_module_names) - {"sftrl_utils"}
+    assert foreign and {DISTRIBUTIONS.get(name, name).lower() for name in foreign} <= needed
+
+
+def test_the_lock_pins_everything_declared_and_names_no_host():
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.!-]+", line) for line in lines)
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
+    needed, extras = declared()
+    for name in needed.union(*extras.values()):
+        assert name.replace("_", "-") in pinned, f"{name} is declared but not locked: run `make lock`"
+
+
+def test_conda_users_get_the_same_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    [pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert "-r requirements.lock" in pip
+    assert "python=3.11" in environment["dependencies"]
+
+
+def test_ci_calls_make_test_and_the_workflow_calls_ci():
+    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make")]
+    assert commands == ["make test"]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text())
+    runs = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert ".ci/run" in runs and "make book" in runs
+
+
+def test_nothing_unsafe_is_loaded():
+    for path in PACKAGE:
+        text = path.read_text(encoding="utf-8")
+        for word in ("trust_remote_code=True", "yaml.load(", "shell=True", "pickle", "os.system"):
+            assert word not in text, f"{path.name}: {word}"
