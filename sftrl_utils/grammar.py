@@ -11,26 +11,31 @@ import csv
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import floor
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
-
-import numpy as np
 
 from sftrl_utils.config import InputError
 from sftrl_utils.lexicon import (
     ADJECTIVES,
     ADVERBS,
+    ARRIVING,
+    DELIBERATE,
     GIVE,
     HANDLE,
-    INTRANSITIVE,
     IRREGULAR,
     LATINATE,
     MEN,
     NEAR,
+    NOISY,
     PARTICLE,
     PEOPLE,
     PLACES,
     REFLEXIVE,
+    ROLES,
+    SILENT,
     SOCIAL,
     THINGS,
     WOMEN,
@@ -38,8 +43,9 @@ from sftrl_utils.lexicon import (
 
 WELL_FORMED, VIOLATION = 0.97, 0.03
 ACCEPTABLE_SHARE = 0.70  # CoLA's: 6,023 of its 8,551 training sentences
-MARGINAL_SHARE = 0.35  # enough that a policy that imitates q and one that answers its mode clearly differ
-SPLITS = ("pretrain", "train", "dev", "heldout")
+MARGINAL_SHARE = 0.30  # enough that a policy that imitates q and one that answers its mode clearly differ
+# How many distinct sentences a call can ask for: every one uses up a minimal set.
+AVAILABLE = {"pretrain": 120_000, "train": 50_000, "dev": 20_000, "heldout": 20_000}
 _PERCENT = {"pretrain": range(0, 60), "train": range(60, 88), "dev": range(88, 100)}
 _SOURCE = "gr26"  # CoLA's first column: where a sentence comes from
 
@@ -56,7 +62,10 @@ class Example:
 
 
 class _Set(NamedTuple):
-    """One filling of a phenomenon's constructions. `key`: words that occur in all three sentences."""
+    """One filling of a phenomenon's constructions.
+
+    `key`: words whose lemmas stand in all three sentences, so that a sentence belongs to one key only.
+    """
 
     key: tuple[str, ...]
     good: str
@@ -66,110 +75,142 @@ class _Set(NamedTuple):
 
 
 class _Pick:
-    """Uniform choices of words from one seeded stream."""
+    """Uniform choices of words from one seeded stream, by `Random.random`, which no version changes."""
 
     def __init__(self, seed: int, phenomenon: str):
-        self._rng = np.random.Generator(np.random.PCG64([seed, int(_digest(phenomenon), 16) % 2**31]))
+        self._uniform = Random(f"{seed} {phenomenon}").random
 
     def __call__(self, options):
-        return options[int(self._rng.integers(len(options)))]
+        return options[int(self._uniform() * len(options))]
 
-    def two(self, options):
-        first, second = self._rng.choice(len(options), size=2, replace=False)
-        return options[int(first)], options[int(second)]
+    def some(self, options, count: int) -> list:
+        """`count` different ones."""
+        chosen: list = []
+        while len(chosen) < count:
+            option = self(options)
+            if option not in chosen:
+                chosen.append(option)
+        return chosen
 
 
 def _agreement(pick: _Pick) -> _Set:
-    subject, other = pick.two(PEOPLE)
-    verb, object_ = pick(SOCIAL), pick(PEOPLE).sg
-    adjective = pick(ADJECTIVES)
+    subject, other, object_ = pick.some(PEOPLE, 3)
+    verb, adjective, end = pick(SOCIAL), pick(ADJECTIVES), f"the {object_.sg}."
     if pick((True, False)):
         form, right, wrong = subject.sg, verb.s, verb.base
-        marginal, q = f"Either the {form} or the {other.pl} {right} the {object_}.", 0.35
+        marginal, q = pick((
+            (f"Either the {form} or the {other.pl} {verb.s} {end}", 0.35),
+            (f"Neither the {form} nor the {other.sg} {verb.base} {end}", 0.75),
+        ))  # fmt: skip
     else:
         form, right, wrong = subject.pl, verb.base, verb.s
-        marginal, q = f"Either the {form} or the {other.sg} {right} the {object_}.", 0.60
-    good, bad = (f"The {adjective} {form} {verb_form} the {object_}." for verb_form in (right, wrong))
-    return _Set((form, verb.base, object_), good, bad, marginal, q)
+        marginal, q = pick((
+            (f"Either the {form} or the {other.sg} {verb.base} {end}", 0.60),
+            (f"Every one of the {form} {verb.base} {end}", 0.45),
+        ))  # fmt: skip
+    good, bad = (f"The {adjective} {form} {verb_form} {end}" for verb_form in (right, wrong))
+    return _Set((subject.sg, verb.base, object_.sg), good, bad, marginal, q)
 
 
 def _attraction(pick: _Pick) -> _Set:
-    subject, near = pick.two(PEOPLE)
-    verb, object_, where = pick(SOCIAL), pick(PEOPLE).sg, pick(NEAR)
+    subject, near, object_ = pick.some(PEOPLE, 3)
+    liking, verb = pick.some(SOCIAL, 2)
+    end = f"the {object_.sg}."
     if pick((True, False)):
-        form, same, opposite, right, wrong, q = subject.sg, near.sg, near.pl, verb.s, verb.base, 0.40
+        where = pick(NEAR)
+        same, opposite = f"{where} the {near.sg}", f"{where} the {near.pl}"
+        q_singular, q_plural = 0.40, 0.25
     else:
-        form, same, opposite, right, wrong, q = subject.pl, near.pl, near.sg, verb.base, verb.s, 0.25
-    good = f"The {form} {where} the {same} {right} the {object_}."
-    bad = f"The {form} {where} the {same} {wrong} the {object_}."
-    marginal = f"The {form} {where} the {opposite} {wrong} the {object_}."
-    return _Set((form, near.sg, where, verb.base, object_), good, bad, marginal, q)
+        where = f"that {liking.base}"
+        same, opposite = f"that the {near.sg} {liking.s}", f"that the {near.pl} {liking.base}"
+        q_singular, q_plural = 0.35, 0.20
+    if pick((True, False)):
+        form, right, wrong, q = subject.sg, verb.s, verb.base, q_singular
+    else:
+        form, right, wrong, q = subject.pl, verb.base, verb.s, q_plural
+        same, opposite = opposite, same
+    good = f"The {form} {pick((same, opposite))} {right} {end}"
+    bad = f"The {form} {same} {wrong} {end}"
+    marginal = f"The {form} {opposite} {wrong} {end}"
+    return _Set((subject.sg, where, near.sg, verb.base, object_.sg), good, bad, marginal, q)
 
 
 def _reflexives(pick: _Pick) -> _Set:
-    subject, opposite = pick(MEN), pick(WOMEN)
-    if pick((True, False)):
-        subject, opposite = opposite, subject
     verb, place, adjective = pick(REFLEXIVE).past, pick(PLACES), pick(ADJECTIVES)
-    start, end, right = f"The {adjective} {subject.sg}", f"in the {place}.", subject.reflexive
-    good, bad = (f"{start} {verb} {reflexive} {end}" for reflexive in (right, opposite.reflexive))
-    marginal, q = pick((
-        (f"{start} said that the {opposite.sg} {verb} everyone but {right} {end}", 0.55),
-        (f"{start} said that the {opposite.pl} {verb} {right} {end}", 0.20),
-    ))  # fmt: skip
+    end = f"in the {place}."
+    if pick((True, False)):
+        man, woman = pick(MEN), pick(WOMEN)
+        subject, opposite = pick(((man, woman), (woman, man)))
+        start = f"The {adjective} {subject.sg}"
+        good = f"{start} {verb} {subject.reflexive} {end}"
+        bad = f"{start} {verb} {opposite.reflexive} {end}"
+        marginal = f"{start} said that the {opposite.sg} {verb} everyone but {subject.reflexive} {end}"
+        q = 0.55
+    else:
+        subject = pick(ROLES)
+        good = f"The {adjective} {subject.pl} {verb} themselves {end}"
+        bad = f"The {adjective} {subject.pl} {verb} {pick(('himself', 'herself'))} {end}"
+        marginal = f"The {adjective} {subject.sg} {verb} themselves {end}"
+        q = 0.40
     return _Set((adjective, subject.sg, verb, place), good, bad, marginal, q)
 
 
 def _polarity(pick: _Pick) -> _Set:
-    subject, verb, object_ = pick(PEOPLE), pick(SOCIAL).participle, pick(PEOPLE).sg
-    rest = f"ever {verb} the {object_}."
-    good = pick(
-        (f"No {subject.sg} has {rest}", f"Hardly any {subject.pl} have {rest}", f"Few {subject.pl} have {rest}")
-    )
-    bad = pick((f"The {subject.sg} has {rest}", f"Some {subject.pl} have {rest}", f"Every {subject.sg} has {rest}"))
-    marginal, q = pick((
-        (f"Exactly two {subject.pl} have {rest}", 0.45),
-        (f"The {subject.sg} that nobody likes has {rest}", 0.25),
+    subject, object_ = pick.some(PEOPLE, 2)
+    verb = pick(SOCIAL).participle
+    rest = pick((f"ever {verb} the {object_.sg}.", f"{verb} any {object_.pl}."))
+    licensed, bare = pick((
+        (f"No {subject.sg} has", f"The {subject.sg} has"),
+        (f"Not many {subject.pl} have", f"Many {subject.pl} have"),
+        (f"Few {subject.pl} have", f"Almost all {subject.pl} have"),
     ))  # fmt: skip
-    return _Set((subject.sg, verb, object_), good, bad, marginal, q)
+    weak, q = pick((
+        (f"At most three {subject.pl} have", 0.80),
+        (f"Exactly three {subject.pl} have", 0.50),
+        (f"The {subject.sg} that nobody likes has", 0.25),
+    ))  # fmt: skip
+    good, bad, marginal = (f"{start} {rest}" for start in (licensed, bare, weak))
+    return _Set((subject.sg, verb, object_.sg), good, bad, marginal, q)
 
 
 def _transitivity(pick: _Pick) -> _Set:
-    subject, object_ = pick.two(PEOPLE)
-    verb, place = pick(INTRANSITIVE).past, pick(PLACES)
-    good = f"The {subject.pl} {verb} in the {place}."
-    bad = f"The {subject.pl} {verb} the {object_.sg} in the {place}."
-    marginal, q = pick((
-        (f"The {subject.pl} {verb} themselves tired in the {place}.", 0.55),
-        (f"There {verb} two {subject.pl} in the {place}.", 0.40),
-    ))  # fmt: skip
-    return _Set((subject.sg, verb, place), good, bad, marginal, q)
+    subject, object_ = pick.some(PEOPLE, 2)
+    verb, end = pick(ARRIVING + NOISY + SILENT), f"in the {pick(PLACES)}."
+    good = f"The {subject.pl} {verb} {end}"
+    bad = f"The {subject.pl} {verb} the {object_.sg} {end}"
+    presented = f"There {verb} two {subject.pl} {end}"
+    if verb in NOISY:
+        marginal, q = pick(((f"The {subject.pl} {verb} themselves tired {end}", 0.65), (presented, 0.30)))
+    else:
+        marginal, q = presented, 0.80 if verb in ARRIVING else 0.30
+    return _Set((subject.sg, verb, end), good, bad, marginal, q)
 
 
 def _datives(pick: _Pick) -> _Set:
-    giver, taker = (noun.sg for noun in pick.two(PEOPLE))
+    giver, taker, other = (noun.sg for noun in pick.some(PEOPLE, 3))
     thing, verb = pick(THINGS), pick(GIVE)
     good = pick((f"The {giver} {verb} the {taker} a {thing}.", f"The {giver} {verb} a {thing} to the {taker}."))
     bad = f"The {giver} {verb} a {thing} the {taker}."
-    latinate = pick(LATINATE)
     marginal, q = pick((
-        (f"The {giver} {latinate} the {taker} a {thing}.", 0.40),
-        (f"The {giver} {verb} to the {taker} a {thing}.", 0.60),
+        (f"The {giver} {pick(LATINATE)} the {taker} a {thing}.", 0.40),
+        (f"The {giver} {verb} to the {taker} a {thing}.", 0.50),
+        (f"The {giver} {verb} to the {taker} a {thing} that the {other} wanted.", 0.80),
     ))  # fmt: skip
     return _Set((giver, taker, thing), good, bad, marginal, q)
 
 
 def _determiners(pick: _Pick) -> _Set:
-    subject, verb, object_ = pick(PEOPLE), pick(SOCIAL).past, pick(PEOPLE).sg
-    rest = f"{verb} the {object_} yesterday."
+    subject, object_ = pick.some(PEOPLE, 2)
+    verb = pick(SOCIAL).past
+    rest = f"{verb} the {object_.sg} yesterday."
     good, bad = pick((
         (f"These {subject.pl} {rest}", f"This {subject.pl} {rest}"),
         (f"Many {subject.pl} {rest}", f"Much {subject.pl} {rest}"),
         (f"Each {subject.sg} {rest}", f"Each {subject.pl} {rest}"),
         (f"That {subject.sg} {rest}", f"Those {subject.sg} {rest}"),
     ))  # fmt: skip
-    marginal, q = pick(((f"Less {subject.pl} {rest}", 0.45), (f"These kind of {subject.pl} {rest}", 0.55)))
-    return _Set((subject.sg, verb, object_), good, bad, marginal, q)
+    marginal, q = pick(((f"Less {subject.pl} {rest}", 0.45), (f"These kind of {subject.pl} {rest}", 0.60)))
+    return _Set((subject.sg, verb, object_.sg), good, bad, marginal, q)
 
 
 def _verb_forms(pick: _Pick) -> _Set:
@@ -181,50 +222,60 @@ def _verb_forms(pick: _Pick) -> _Set:
         (f"{start} did not {verb.base} {end}", f"{start} did not {verb.s} {end}"),
     ))  # fmt: skip
     marginal, q = pick((
-        (f"{start} has {verb.past} {end}", 0.35),
-        (f"{start} might could {verb.base} {end}", 0.25),
-        (f"{start} used to could {verb.base} {end}", 0.20),
+        (f"{start} has {verb.past} {end}", 0.40),
+        (f"{start} might could {verb.base} {end}", 0.30),
+        (f"{start} dared {verb.base} {end}", 0.70),
     ))  # fmt: skip
     return _Set((adjective, subject, verb.base, thing), good, bad, marginal, q)
 
 
 def _adverbs(pick: _Pick) -> _Set:
-    subject, judge = (noun.sg for noun in pick.two(PEOPLE))
-    adverb, verb, thing = pick(ADVERBS), pick(HANDLE).past, pick(THINGS)
-    good = pick((f"The {subject} {adverb} {verb} the {thing}.", f"The {subject} {verb} the {thing} {adverb}."))
-    bad = pick((f"The {adverb} {subject} {verb} the {thing}.", f"The {subject} {verb} the {adverb} {thing}."))
+    subject, judge = (noun.sg for noun in pick.some(PEOPLE, 2))
+    adverb, verb, thing = pick(ADVERBS), pick(DELIBERATE).past, pick(THINGS)
+    good, bad = pick((
+        (f"The {subject} {adverb} {verb} the {thing}.", f"The {adverb} {subject} {verb} the {thing}."),
+        (f"The {subject} {verb} the {thing} {adverb}.", f"The {subject} {verb} the {adverb} {thing}."),
+    ))  # fmt: skip
     marginal, q = pick((
-        (f"The {subject} {verb} {adverb} the {thing}.", 0.40),
-        (f"The {subject} {verb} {adverb} the {thing} that the {judge} wanted.", 0.70),
+        (f"The {subject} {verb} {adverb} the {thing}.", 0.35),
+        (f"The {subject} {verb} {adverb} the {thing} that the {judge} wanted.", 0.75),
+        (f"{adverb.capitalize()} the {subject} {verb} the {thing}.", 0.85),
     ))  # fmt: skip
     return _Set((subject, adverb, verb, thing), good, bad, marginal, q)
 
 
 def _particles(pick: _Pick) -> _Set:
-    subject, other = (noun.sg for noun in pick.two(PEOPLE))
-    (verb, particle), thing = pick(PARTICLE), pick(THINGS)
-    good = pick((f"The {subject} {verb} the {thing} {particle}.", f"The {subject} {verb} {particle} the {thing}."))
-    bad = f"The {subject} {verb} the {particle} {thing}."
+    subject, other = (noun.sg for noun in pick.some(PEOPLE, 2))
+    (verb, particle), thing, adjective = pick(PARTICLE), pick(THINGS), pick(ADJECTIVES)
+    start = f"The {adjective} {subject} {verb}"
+    good = pick((f"{start} the {thing} {particle}.", f"{start} {particle} the {thing}."))
+    bad = f"{start} the {particle} {thing}."
     marginal, q = pick((
-        (f"The {subject} {verb} the {thing} that the {other} wanted {particle}.", 0.60),
-        (f"The {subject} {verb} right {particle} the {thing}.", 0.35),
+        (f"{start} the {thing} that the {other} wanted {particle}.", 0.50),
+        (f"{start} the {thing} from the {pick(PLACES)} {particle}.", 0.70),
+        (f"{start} right {particle} the {thing}.", 0.35),
     ))  # fmt: skip
-    return _Set((subject, verb, particle, thing), good, bad, marginal, q)
+    return _Set((adjective, subject, verb, particle, thing), good, bad, marginal, q)
 
 
 def _islands(pick: _Pick) -> _Set:
-    subject, speaker = (noun.sg for noun in pick.two(PEOPLE))
+    asker, speaker, subject = (noun.sg for noun in pick.some(PEOPLE, 3))
     verb, thing = pick(HANDLE).past, pick(THINGS)
-    start, end = f"Which {thing} did the {speaker}", f"the {subject} {verb}?"
-    good, bad = f"{start} say that {end}", f"{start} laugh because {end}"
-    marginal, q = pick(((f"{start} wonder whether {end}", 0.60), (f"{start} hear the rumour that {end}", 0.30)))
-    return _Set((thing, speaker, subject, verb), good, bad, marginal, q)
+    start = f"The {asker} asked which {thing} the {speaker}"
+    end = f"the {subject} {verb}"
+    good, bad = f"{start} said that {end}.", f"{start} laughed because {end}."
+    marginal, q = pick((
+        (f"{start} wondered whether {end}.", 0.60),
+        (f"{start} heard the rumour that {end}.", 0.30),
+        (f"{start} wondered whether {end} it.", 0.20),
+        (f"The {asker} asked which {subject} the {speaker} said that {verb} the {thing}.", 0.40),
+    ))  # fmt: skip
+    return _Set((asker, speaker, subject, verb, thing), good, bad, marginal, q)
 
 
 def _pronoun_case(pick: _Pick) -> _Set:
-    subject, other = (noun.sg for noun in pick.two(PEOPLE))
-    verb, place = pick(SOCIAL).past, pick(PLACES)
-    end = f"in the {place}."
+    subject, other = (noun.sg for noun in pick.some(PEOPLE, 2))
+    verb, end = pick(SOCIAL).past, f"in the {pick(PLACES)}."
     good, bad = pick((
         (f"The {subject} {verb} him {end}", f"The {subject} {verb} he {end}"),
         (f"She {verb} the {subject} {end}", f"Her {verb} the {subject} {end}"),
@@ -232,8 +283,9 @@ def _pronoun_case(pick: _Pick) -> _Set:
     marginal, q = pick((
         (f"Her and the {subject} {verb} him {end}", 0.40),
         (f"The {subject} {verb} the {other} and I {end}", 0.60),
+        (f"It was him that {verb} the {subject} {end}", 0.85),
     ))  # fmt: skip
-    return _Set((subject, verb, place), good, bad, marginal, q)
+    return _Set((subject, verb, end), good, bad, marginal, q)
 
 
 _BUILDERS: dict[str, Callable[[_Pick], _Set]] = {
@@ -278,68 +330,76 @@ def examples(split: str, count: int, seed: int = 0) -> list[Example]:
     """`count` distinct judged sentences of `split` (`pretrain`, `train`, `dev` or `heldout`), shuffled.
 
     The same arguments give the same list on every platform. A minimal set belongs to one split by a hash
-    of its words, whatever the seed, so no sentence is ever in two splits. The numbers of well-formed
-    sentences and violations are set so that the mean of q is 0.70; labels are then drawn by systematic
-    sampling in random order: each is 1 with probability exactly q, and their sum is fixed within one.
-    Raises `InputError` for an unknown split, a count below 1 or one that the grammar cannot fill.
+    of its words, whatever the seed, so no sentence is ever in two splits; held-out phenomena are in
+    `heldout` only. The numbers of well-formed sentences and violations are set so that the mean of q is
+    0.70; labels are then drawn by systematic sampling in random order: each is 1 with probability exactly
+    q, and their sum is fixed within one. Raises `InputError` for an unknown split, a count below 1 or one
+    above `AVAILABLE`.
     """
-    if split not in SPLITS:
-        raise InputError(f"split={split!r} does not exist: choose one of {', '.join(SPLITS)}")
-    if count < 1:
-        raise InputError(f"count={count}: at least 1 sentence is needed")
-    rng = np.random.Generator(np.random.PCG64([seed, SPLITS.index(split)]))
-    marginals = round(MARGINAL_SHARE * count)
-    sets = _sets(split, seed, count)
-    chosen = [next(sets) for _ in range(max(marginals, 1))]
-    marginal_q = sum(filled.q for _, filled in chosen[:marginals])
-    clear = count - marginals
-    good = round((ACCEPTABLE_SHARE * count - marginal_q - VIOLATION * clear) / (WELL_FORMED - VIOLATION))
-    chosen += [next(sets) for _ in range(good - len(chosen))]
-    rows = [(name, filled, filled.marginal, filled.q) for name, filled in chosen[:marginals]]
-    rows += [(name, filled, filled.good, WELL_FORMED) for name, filled in chosen[:good]]
-    paired = rng.permutation(good)[: clear - good]
-    rows += [(*chosen[i], chosen[i][1].bad, VIOLATION) for i in sorted(paired)]
-    rows = [rows[i] for i in rng.permutation(len(rows))]
-    labels = _systematic(np.array([row[3] for row in rows]), rng)
+    if split not in AVAILABLE:
+        raise InputError(f"split={split!r} does not exist: choose one of {', '.join(AVAILABLE)}")
+    if not 1 <= count <= AVAILABLE[split]:
+        raise InputError(f"count={count}: split={split!r} needs a count from 1 to {AVAILABLE[split]}")
+    uniform = Random(f"{seed} {split}").random
+    rows = _shuffled(_composed(_sets(split, seed), count, uniform), uniform)
+    labels = _systematic([q for _, _, _, q in rows], uniform)
     return [
-        Example(sentence, int(label), q, name, f"{name}: {' '.join(filled.key)}")
-        for (name, filled, sentence, q), label in zip(rows, labels, strict=True)
+        Example(sentence, label, q, name, f"{name}: {' '.join(key).rstrip('.')}")
+        for (name, key, sentence, q), label in zip(rows, labels, strict=True)
     ]
 
 
-def _sets(split: str, seed: int, count: int) -> Iterator[tuple[str, _Set]]:
-    """Fillings that belong to `split`, phenomena in turn, no sentence twice."""
+_Row = tuple[str, tuple[str, ...], str, float]  # phenomenon, key, sentence, q
+
+
+def _composed(sets: Iterator[tuple[str, _Set]], count: int, uniform: Callable[[], float]) -> list[_Row]:
+    """`count` rows whose mean q is `ACCEPTABLE_SHARE`, as nearly as whole sentences allow.
+
+    The first sets give marginal sentences as well as well-formed ones; every violation has its
+    well-formed partner among the rows.
+    """
+    marginals = round(MARGINAL_SHARE * count)
+    chosen = [next(sets) for _ in range(marginals)]
+    rows = [(name, filled.key, filled.marginal, filled.q) for name, filled in chosen]
+    clear = count - marginals
+    missing = ACCEPTABLE_SHARE * count - sum(filled.q for _, filled in chosen) - VIOLATION * clear
+    good = round(missing / (WELL_FORMED - VIOLATION))
+    chosen += [next(sets) for _ in range(good - marginals)]
+    rows += [(name, filled.key, filled.good, WELL_FORMED) for name, filled in chosen[:good]]
+    paired = _shuffled(chosen[:good], uniform)[: clear - good]
+    return rows + [(name, filled.key, filled.bad, VIOLATION) for name, filled in paired]
+
+
+def _sets(split: str, seed: int) -> Iterator[tuple[str, _Set]]:
+    """Fillings that belong to `split`, phenomena in turn, no key twice."""
     names = [name for name in PHENOMENA if (name in HELD_OUT) == (split == "heldout")]
     picks = {name: _Pick(seed, f"{split} {name}") for name in names}
-    seen: set[str] = set()
-    misses = 0
+    seen: set[tuple[str, ...]] = set()
     while True:
         for name in names:
-            while misses < 20_000:
+            while True:
                 filled = _BUILDERS[name](picks[name])
-                sentences = {filled.good, filled.bad, filled.marginal}
-                if _belongs(name, filled.key, split) and not sentences & seen:
+                key = (name, *filled.key)
+                if key not in seen and _belongs(key, split):
                     break
-                misses += 1
-            else:
-                raise InputError(f"count={count}: the grammar has too few sentences for split={split!r}, ask for fewer")
-            misses = 0
-            seen |= sentences
+            seen.add(key)
             yield name, filled
 
 
-def _belongs(name: str, key: tuple[str, ...], split: str) -> bool:
-    return split == "heldout" or int(_digest(" ".join((name, *key))), 16) % 100 in _PERCENT[split]
+def _belongs(key: tuple[str, ...], split: str) -> bool:
+    if split == "heldout":
+        return True
+    return int(hashlib.sha256(" ".join(key).encode()).hexdigest()[:12], 16) % 100 in _PERCENT[split]
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def _shuffled(rows: list, uniform: Callable[[], float]) -> list:
+    return sorted(rows, key=lambda _: uniform())
 
 
-def _systematic(q: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _systematic(q: list[float], uniform: Callable[[], float]) -> list[int]:
     """0/1 draws with P(draw i = 1) = q_i exactly and a sum within one of Σ q."""
-    passed = np.floor(np.concatenate([[0.0], np.cumsum(q)]) + rng.random())
-    return np.diff(passed).astype(int)
+    passed = accumulate(q, initial=uniform())
+    return [floor(after) - floor(before) for before, after in pairwise(passed)]
 
 
 def write_tsv(rows: list[Example], path: Path) -> None:

@@ -73,16 +73,13 @@ HANDLE = _verbs(
 )
 # Verbs whose past is not their participle: "has took" is a known non-standard form.
 IRREGULAR = tuple(verb for verb in HANDLE if verb.past != verb.participle)
-# What a person does, to nobody.
-INTRANSITIVE = _verbs(
-    "sleep/sleeps/slept/slept laugh/laughs/laughed/laughed arrive/arrives/arrived/arrived "
-    "sneeze/sneezes/sneezed/sneezed cough/coughs/coughed/coughed smile/smiles/smiled/smiled "
-    "cry/cries/cried/cried wait/waits/waited/waited yawn/yawns/yawned/yawned "
-    "tremble/trembles/trembled/trembled blush/blushes/blushed/blushed hesitate/hesitates/hesitated/hesitated "
-    "disappear/disappears/disappeared/disappeared collapse/collapses/collapsed/collapsed "
-    "kneel/kneels/knelt/knelt stumble/stumbles/stumbled/stumbled faint/faints/fainted/fainted "
-    "sigh/sighs/sighed/sighed giggle/giggles/giggled/giggled linger/lingers/lingered/lingered"
-)
+# What a person does on purpose, so that an adverb of manner goes with it.
+DELIBERATE = tuple(verb for verb in HANDLE if verb.base not in {"lose", "drop", "break", "forget"})
+# What a person does, to nobody, in three classes: only the first is at home after "there" ("there arrived
+# two boys"), and only the second tires one out ("laughed themselves tired"). Past forms suffice.
+ARRIVING = ("arrived", "appeared", "waited", "lingered", "knelt", "emerged")
+NOISY = ("laughed", "coughed", "cried", "yawned", "giggled", "sneezed", "sighed", "snored", "sobbed")
+SILENT = ("wept", "smiled", "trembled", "blushed", "hesitated", "fainted", "stumbled", "shivered", "frowned")
 GIVE = ("gave", "handed", "lent", "sent", "showed", "offered", "sold", "passed")
 LATINATE = ("delivered", "donated", "returned", "transferred")
 PARTICLE = (

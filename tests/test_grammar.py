@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_held_out_phenomena_are_held_out(large):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    split=st.sampled_from(grammar.SPLITS), count=st.integers(200, 1_500), seed=st.integers(0, 10_000)
+    split=st.sampled_from(sorted(grammar.AVAILABLE)), count=st.integers(200, 1_500), seed=st.integers(0, 10_000)
 )  # fmt: skip
 def test_seventy_percent_are_acceptable_within_one_in_every_split(split, count, seed):
     rows = grammar.examples(split, count, seed)
@@ -69,7 +70,7 @@ def test_labels_are_drawn_from_q():
 
 def test_one_sentence_s_label_varies_with_the_seed_as_q_says():
     q = np.array([0.97, 0.5, 0.03, 0.4] * 50)
-    draws = [grammar._systematic(q, np.random.default_rng(seed)) for seed in range(2_000)]
+    draws = [np.array(grammar._systematic(q.tolist(), Random(seed).random)) for seed in range(2_000)]
     assert all(abs(draw.sum() - q.sum()) < 1 for draw in draws)
     assert np.abs(np.mean(draws, axis=0) - q).max() < 4.5 * 0.5 / np.sqrt(2_000)
 
@@ -79,22 +80,44 @@ def test_q_is_high_low_or_marginal_and_belongs_to_the_construction(large):
     marginal = {q for q in values if q not in (grammar.WELL_FORMED, grammar.VIOLATION)}
     assert all(0.15 <= q <= 0.85 for q in marginal) and len(marginal) >= 5
     share = sum(values[q] for q in marginal) / len(large["train"])
-    assert 0.25 <= share <= 0.40
+    assert 0.25 <= share <= 0.34
+    q = np.array([row.q for row in large["train"]])
+    assert 0.85 <= np.maximum(q, 1 - q).mean() <= 0.95  # accuracy of the best answer
     for name in grammar.PHENOMENA:
         found = {row.q for rows in large.values() for row in rows if row.phenomenon == name}
         assert {grammar.WELL_FORMED, grammar.VIOLATION} < found
 
 
-def test_a_minimal_pair_differs_in_one_place_only(large):
-    pairs = defaultdict(dict)
+def test_a_minimal_pair_differs_in_few_words(large):
+    pairs = defaultdict(list)
     for row in large["train"]:
-        pairs[row.pair][row.q] = row.sentence.split()
-    both = [p for p in pairs.values() if grammar.WELL_FORMED in p and grammar.VIOLATION in p]
+        pairs[row.pair].append(row)
+    assert all(len({row.q for row in rows}) == len(rows) for rows in pairs.values())
+    by_q = [{row.q: Counter(row.sentence.lower().split()) for row in rows} for rows in pairs.values()]
+    both = [found for found in by_q if grammar.VIOLATION in found]
     assert len(both) > 1_000
-    for sentences in both:
-        good, bad = sentences[grammar.WELL_FORMED], sentences[grammar.VIOLATION]
-        assert good != bad
-        assert sum((Counter(good) - Counter(bad)).values()) <= 3 and abs(len(good) - len(bad)) <= 2
+    for found in both:
+        good, bad = found[grammar.WELL_FORMED], found[grammar.VIOLATION]
+        # A moved word leaves the same words behind; three where an attractor's clause changes number too.
+        assert (good - bad).total() <= 3 and abs(good.total() - bad.total()) <= 2
+
+
+@pytest.mark.parametrize("split", sorted(grammar.AVAILABLE))
+def test_all_that_is_promised_is_there(split):
+    count = grammar.AVAILABLE[split]
+    for seed in (0, 1):
+        rows = grammar.examples(split, count, seed)
+        assert len({row.sentence for row in rows}) == count
+        assert sum(row.label for row in rows) == pytest.approx(0.7 * count, abs=2)
+
+
+def test_a_sentence_has_one_q_and_one_pair_whatever_the_seed():
+    known = {}
+    for seed in range(20):
+        for split in grammar.AVAILABLE:
+            for row in grammar.examples(split, 2_000, seed):
+                here = (row.q, row.phenomenon, row.pair, split)
+                assert known.setdefault(row.sentence, here) == here
 
 
 def test_sentences_look_like_sentences(large):
@@ -122,7 +145,7 @@ def test_the_same_seed_gives_the_same_bytes_in_any_process():
 
 
 def test_the_corpus_that_results_rest_on_has_not_changed():
-    assert digest(grammar.examples("train", 500)).startswith("ad3acaecec")
+    assert digest(grammar.examples("train", 500)).startswith("15533321ca")
 
 
 @pytest.mark.parametrize("phenomenon", grammar.PHENOMENA)
@@ -136,7 +159,7 @@ def test_reasons_are_short_and_differ(phenomenon):
     [
         (("test", 10), "split='test' does not exist: choose one of pretrain"),
         (("train", 0), "count=0"),
-        (("dev", 10**6), "count=1000000: the grammar has too few sentences for split='dev'"),
+        (("dev", 10**6), f"count=1000000: split='dev' needs a count from 1 to {grammar.AVAILABLE['dev']}"),
     ],
 )
 def test_what_cannot_be_made_is_one_line(arguments, message):
