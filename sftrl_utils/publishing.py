@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import nbformat
 import papermill
@@ -21,6 +22,7 @@ from sftrl_utils.config import InputError, data_dir
 from sftrl_utils.records import versions
 
 EXECUTED = Path("_build/executed")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 _STALE_METADATA = ("papermill", "execution", "widgets")
 
 
@@ -54,42 +56,55 @@ def execute(preset: str, root: Path = Path(".")) -> list[Path]:
 
 
 def _execute_one(source: Path, copy: Path, key: str, preset: str, root: Path) -> None:
-    print(f"{source.stem}: running at preset {preset}", flush=True)
     copy.parent.mkdir(parents=True, exist_ok=True)
     unfinished = copy.with_suffix(".unfinished.ipynb")
     clock = time.perf_counter()
-    for attempt in (1, 2):
-        try:
-            papermill.execute_notebook(
-                source, unfinished, {"preset": preset}, kernel_name="python3", cwd=root, progress_bar=False,
-                stderr_file=sys.stderr,
-            )  # fmt: skip
-            break
-        except papermill.PapermillExecutionError as error:
-            raise InputError(f"{source.name}: {error.ename}: {str(error.evalue).splitlines()[0]}") from None
-        except RuntimeError as error:  # a kernel that died before it was ready, e.g. over a port: once more
-            if attempt == 2:
-                raise InputError(f"{source.name}: its kernel did not start: {error}") from None
-    wall = time.perf_counter() - clock
+    try:
+        with copy.with_suffix(".log").open("w", encoding="utf-8") as log:
+            _run(source, unfinished, preset, root, log)
+    except papermill.PapermillExecutionError as error:
+        reason = (str(error.evalue).splitlines() or ["no message"])[0]
+        raise InputError(f"{source.name}: {error.ename}: {reason} (the run so far: {unfinished})") from None
+    except RuntimeError as error:  # nbclient's DeadKernelError among them
+        raise InputError(f"{source.name}: its kernel died or did not start: {error}") from None
     run = {
         "key": key,
         "preset": preset,
         "date": datetime.now(UTC).date().isoformat(),
-        "wall_s": round(wall, 1),
-        "cores": os.cpu_count(),
+        "wall_s": round(time.perf_counter() - clock, 1),
+        "device": _device(),
         "versions": versions(),
     }
     unfinished.replace(copy)
-    _record_path(copy).write_text(json.dumps(run, indent=2) + "\n")
-    print(f"{source.stem}: done in {wall:.0f} s", flush=True)
+    _record_path(copy).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def _run(source: Path, output: Path, preset: str, root: Path, log: TextIO) -> None:
+    """Execute `source` in a kernel of its own, with a progress bar; what its cells print goes to `log`."""
+    for attempt in (1, 2):
+        try:
+            papermill.execute_notebook(
+                source, output, {"preset": preset}, kernel_name="python3", cwd=root,
+                progress_bar={"desc": source.stem}, stdout_file=log, stderr_file=log,
+            )  # fmt: skip
+            return
+        except RuntimeError:  # a kernel that died before it was ready, e.g. over a port: once more
+            if attempt == 2:
+                raise
+
+
+def _device() -> str:
+    import torch  # here, since only a notebook that has just run needs it
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
 
 
 def notebook_key(source: Path, preset: str, root: Path) -> str:
     """Hash of all that an executed copy depends on: code cells, preset, package, shipped data, lock."""
     digest = hashlib.sha256(f"{preset}\n{json.dumps(code_cells(nbformat.read(source, as_version=4)))}".encode())
     package = sorted(Path(__file__).parent.glob("*.py"))
-    shipped = sorted(path for path in data_dir().rglob("*") if path.is_file())
-    for path in [*package, *shipped, root / "requirements.lock"]:
+    shipped = sorted(path for name in ("base", "results") for path in (data_dir() / name).rglob("*"))
+    for path in filter(Path.is_file, [*package, *shipped, root / "requirements.lock"]):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -118,7 +133,11 @@ def build(preset: str, root: Path = Path(".")) -> Path:
     command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "--path-output", "."]
     command += ["-W", "-n", "--keep-going", "-q"]
     environment = {**os.environ, "SFTRL_EXECUTED": str(EXECUTED / preset)}
-    if subprocess.run(command, cwd=root, env=environment).returncode:
+    built = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if built.returncode:
+        print(built.stderr, file=sys.stderr)
+        # The next build must read every page again, or it would pass for want of the warnings of this one.
+        shutil.rmtree(root / "_build" / ".doctrees", ignore_errors=True)
         raise InputError("the book did not build: the warnings above say where")
     return root / "_build" / "html" / "index.html"
 
@@ -152,16 +171,15 @@ def staged_notebook(source: NotebookNode, executed: NotebookNode, run: dict[str,
 def last_run_line(run: dict[str, Any]) -> str:
     """One line of Markdown: when, how and with what the page was computed."""
     packages = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    return (
-        f"*Last run {run['date']}: preset `{run['preset']}`, {run['wall_s']:.0f} s on {run['cores']} CPU cores; "
-        f"{packages}.*"
-    )
+    return f"*Last run {run['date']}: preset `{run['preset']}`, {run['wall_s']:.0f} s on {run['device']}; {packages}.*"
 
 
 def _cleaned(cell: NotebookNode, root: Path) -> NotebookNode:
     for name in _STALE_METADATA:
         cell.metadata.pop(name, None)
     prefix = str(root.resolve()) + os.sep
+    # A widget without its state shows nothing, and its page would load scripts from elsewhere.
+    cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
     for output in cell.outputs:
         for name in _STALE_METADATA:
             output.get("metadata", {}).pop(name, None)

@@ -1,8 +1,8 @@
 """Sphinx extension: a notebook's page shows its executed copy, while links keep pointing at the source.
 
 When Sphinx reads `notebooks/X.ipynb` its text is replaced by the copy that `sftrl book` executed, found
-in the folder named by the environment variable SFTRL_EXECUTED. A missing, outdated or failed copy ends
-the build.
+in the folder named by the environment variable SFTRL_EXECUTED; another folder means that every page is
+read again. A missing, outdated or failed copy ends the build.
 """
 
 import os
@@ -21,7 +21,7 @@ GLUED_FROM = re.compile(r"notebooks/(\w+\.ipynb)")
 def stage(app: Sphinx, docname: str, content: list[str]) -> None:
     """Replace a notebook's text by its page; make a page that glues from notebooks depend on their copies."""
     root = Path(app.srcdir)
-    folder = root / os.environ.get("SFTRL_EXECUTED", str(publishing.EXECUTED / "tiny"))
+    folder = root / app.config.executed_notebooks
     source = Path(app.env.doc2path(docname))
     if source.suffix != ".ipynb":
         for name in set(GLUED_FROM.findall(content[0])):
@@ -41,6 +41,17 @@ def stage(app: Sphinx, docname: str, content: list[str]) -> None:
     content[0] = nbformat.writes(page)
 
 
+def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
+    """Keep sphinx-thebe, which we do not use, from loading its script from elsewhere on every page."""
+    scripts = context.get("script_files", [])
+    context["script_files"] = [
+        script for script in scripts if "thebe" not in f"{script.filename}{script.attributes.get('body')}".lower()
+    ]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
+    folder = os.environ.get("SFTRL_EXECUTED", str(publishing.EXECUTED / "tiny"))
+    app.add_config_value("executed_notebooks", folder, "env")
     app.connect("source-read", stage)
+    app.connect("html-page-context", drop_thebe, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
