@@ -1,6 +1,7 @@
 """The tree keeps its own rules: imports point downwards, pins agree, what ships is declared."""
 
 import ast
+import json
 import re
 import sys
 import tomllib
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "sftrl_utils").glob("*.py"))
@@ -28,13 +31,13 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML", "myst_nb": "myst-nb"}
 
 
-def imports(path):
-    """Every module that a file imports, `from a import b` as both `a` and `a.b`."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(code):
+    """Every module that a piece of code imports, `from a import b` as both `a` and `a.b`."""
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: relative import"
+            assert node.level == 0, "relative import"
             yield node.module
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
@@ -42,9 +45,9 @@ def imports(path):
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
 def test_a_module_imports_only_from_rows_below_its_own(path):
     if path.stem == "__init__":
-        assert list(imports(path)) == []
+        assert list(imports(path.read_text())) == []
         return
-    ours = {name.split(".")[1] for name in imports(path) if name.startswith("sftrl_utils.")}
+    ours = {name.split(".")[1] for name in imports(path.read_text()) if name.startswith("sftrl_utils.")}
     modules = {module.stem for module in PACKAGE}
     for other in ours & modules:
         assert ROW[other] > ROW[path.stem], f"{path.stem} imports {other}, which is not in a row below"
@@ -59,28 +62,44 @@ def test_contributing_shows_the_same_rows():
     ]
 
 
-def declared():
+def requirements():
+    """Everything that pyproject.toml declares, extras included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    names = {group: {re.match(r"[\w.-]+", spec)[0].lower() for spec in specs} for group, specs in extras.items()}
-    return {re.match(r"[\w.-]+", spec)[0].lower() for spec in project["dependencies"]}, names
+    for line in sum(project["optional-dependencies"].values(), project["dependencies"]):
+        yield Requirement(line)
+
+
+def declared():
+    """Names of the packages that a user of the wheel gets."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {Requirement(line).name.lower() for line in project["dependencies"]}
 
 
 def test_every_package_that_the_code_imports_is_declared():
-    needed, _ = declared()
-    used = {name.split(".")[0] for path in PACKAGE for name in imports(path)}
+    needed = declared()
+    used = {name.split(".")[0] for path in PACKAGE for name in imports(path.read_text())}
     foreign = used - set(sys.stdlib_module_names) - {"sftrl_utils"}
     assert foreign and {DISTRIBUTIONS.get(name, name).lower() for name in foreign} <= needed
+
+
+def test_every_package_that_a_notebook_imports_comes_with_the_wheel():
+    needed = declared()
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = [cell["source"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        used = {name.split(".")[0] for name in imports("\n".join("".join(lines) for lines in cells))}
+        foreign = used - set(sys.stdlib_module_names) - {"sftrl_utils"}
+        assert {DISTRIBUTIONS.get(name, name).lower() for name in foreign} <= needed, path.name
 
 
 def test_the_lock_pins_everything_declared_and_names_no_host():
     text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.!-]+", line) for line in lines)
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
-    needed, extras = declared()
-    for name in needed.union(*extras.values()):
-        assert name.replace("_", "-") in pinned, f"{name} is declared but not locked: run `make lock`"
+    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    for requirement in requirements():
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"{name} is declared but not locked: run `make lock`"
+        assert requirement.specifier.contains(pinned[name]), f"{name} is locked out of its range: run `make lock`"
 
 
 def test_conda_users_get_the_same_pins():
