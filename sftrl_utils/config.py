@@ -31,11 +31,11 @@ _TINY = {
     "response_style": "label",  # the paper's CoLA-style answer: one word
     "seed": 0,
     "beta": 0.0,  # the paper shows GRPO without an anchor; sweep beta for the other case
-    "sft_steps": 200,  # about three passes over the 4,000 sentences: dev loss has levelled off
+    "sft_steps": 200,  # 1.6 passes over the 4,000 sentences
     "rl_steps": 200,  # the same number of updates in both stages, so neither order gets more of either
-    "sft_learning_rate": 1e-3,  # usual for a model of a few million parameters, 50x that of 0.6 B
-    "rl_learning_rate": 3e-4,  # largest of 1e-4, 3e-4, 1e-3 whose reward rises without a collapse to one word
-    "batch_size": 64,  # 8 prompts a step at group size 8: what two cores do in a quarter of a second
+    "sft_learning_rate": 1e-4,  # of 1e-4, 3e-4, 1e-3 (seed 100) the smoothest; 1e-3 raises the dev loss
+    "rl_learning_rate": 1e-4,  # of 1e-4, 3e-4 (seed 100) the one whose reward keeps rising
+    "batch_size": 32,  # 4 prompts a step at group size 8: two cores do a stage in under a minute
     "group_size": 8,  # TRL's default number of generations
     "loss_type": "grpo",  # the loss of the GRPO paper (DeepSeekMath, Eq. 3); TRL's default is "dapo"
     "train_sentences": 4000,
