@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -37,7 +38,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         else:
             safe = {} if "gguf_file" in options else {"use_safetensors": True}
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **safe, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"model={name!r} cannot be loaded: {str(error).strip().splitlines()[0]} Use {EMBEDDED!r}, a folder with "
             "config.json and safetensors, a .gguf file, or a hub id that can be reached"
