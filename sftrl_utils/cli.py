@@ -88,7 +88,11 @@ def _publish(options: argparse.Namespace) -> int:
 
     if not options.dir.is_dir():
         raise InputError(f"--dir={str(options.dir)!r} is not a folder: name a store such as runs")
-    print(f"{records.publish(options.dir, options.to)} stages copied to {options.to}")
+    try:
+        copied = records.publish(options.dir, options.to)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    print(f"{copied} stages copied to {options.to}")
     return 0
 
 

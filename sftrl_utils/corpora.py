@@ -56,19 +56,19 @@ class Corpus:
         """One row per split: sentences, share acceptable and, where q is known, the corpus's own limits.
 
         `entropy_floor` is E[H(q)] in nats per response, the lowest SFT loss per response; `bayes_reward`
-        is E|2q − 1|, the mean reward of the best answer; `calibrated_reward` is E(2q − 1)², the mean
-        reward of a policy that answers with the data's own probabilities.
+        is the reward, on these labels, of the answer that q makes likelier, E|2q − 1| in expectation;
+        `calibrated_reward` is that of answers drawn from q, E(2q − 1)² in expectation.
         """
         rows = {}
         for split, frame in self.splits.items():
-            q = frame["q"].to_numpy()
+            q, label = frame["q"].to_numpy(), frame["label"].to_numpy()
             entropy = -q * np.log(q) - (1 - q) * np.log1p(-q)
             rows[split] = {
                 "sentences": len(frame),
                 "acceptable": frame["label"].mean(),
                 "entropy_floor": entropy.mean(),
-                "bayes_reward": np.abs(2 * q - 1).mean(),
-                "calibrated_reward": ((2 * q - 1) ** 2).mean(),
+                "bayes_reward": np.where(np.isnan(q), np.nan, 2.0 * ((q > 0.5) == label) - 1).mean(),
+                "calibrated_reward": (2 * np.where(label == 1, q, 1 - q) - 1).mean(),
             }
         return pd.DataFrame(rows).T.astype({"sentences": int}).rename_axis("split")
 
@@ -170,7 +170,10 @@ def _from_folder(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def _read_tsv(path: Path) -> pd.DataFrame:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from None
     if lines and lines[0].count("\t") > 3:  # the graded corpus: CoLA's columns and more
         rows = [(e.sentence, e.label, e.q, e.phenomenon) for e in grammar.read_tsv(path)]
         return pd.DataFrame(rows, columns=["sentence", "label", "q", "phenomenon"])

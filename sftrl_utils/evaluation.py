@@ -85,11 +85,11 @@ def _score_batch(model, tokenizer, prompts, responses, per_prompt):
         position_ids=prompt_end + torch.arange(1, width, device=model.device),
         past_key_values=cache,
     ).logits
-    logits = torch.cat([first, rest], dim=1).float()
+    logits = torch.cat([first, rest], dim=1).double()  # log-probabilities near 0 need the digits
     mask = answer["attention_mask"].bool()
     logprobs = logits.log_softmax(-1).gather(-1, answer["input_ids"].unsqueeze(-1)).squeeze(-1)
     greedy = (logits.argmax(-1) == answer["input_ids"]) | ~mask
-    return logprobs.double().masked_fill(~mask, 0.0).sum(-1), mask.sum(-1), greedy.all(-1)
+    return logprobs.masked_fill(~mask, 0.0).sum(-1), mask.sum(-1), greedy.all(-1)
 
 
 @dataclass
@@ -153,7 +153,7 @@ class Evaluator:
 def answer_probabilities(scores: ResponseScores) -> np.ndarray:
     """Shape (N, 3): probability of answering unacceptable, acceptable, or anything else."""
     answers = np.exp(scores.logprob)
-    other = np.clip(1 - answers.sum(axis=1, keepdims=True), 0, 1)
+    other = np.clip(1 - answers.sum(axis=1, keepdims=True), 1e-12, 1)  # rounding must not make a KL infinite
     return np.concatenate([answers, other], axis=1)
 
 
@@ -162,11 +162,12 @@ def answer_metrics(
 ) -> dict[str, float]:
     """Metrics of the answer distribution over N sentences.
 
-    `mean_reward` is the exact mean@1, E[2 p(label) − 1]; `greedy_accuracy`, `mcc` (Matthews correlation)
-    and `acceptable_rate` are of the greedy answer, an unparseable one counting as wrong and as not
-    acceptable; `format_rate` is the probability of a parseable response; `entropy` and `kl_<reference>`
-    (nats per response, KL(policy ‖ reference)) are over {unacceptable, acceptable, anything else}, exact
-    where all else has probability 0 and a lower bound otherwise. `kl_q`, where q is known, is KL(q ‖ policy).
+    `mean_reward` is the exact mean@1, E[2 p(label) − 1]. `greedy_accuracy`, `mcc` (Matthews correlation) and
+    `acceptable_rate` are of the greedy answer; one that cannot be parsed counts as the wrong answer in the
+    first two and as not acceptable in the third. `format_rate` is the probability of a parseable response.
+    `entropy` and `kl_<reference>` (nats per response, KL(policy ‖ reference)) are over {unacceptable,
+    acceptable, anything else}, exact where all else has probability 0 and a lower bound otherwise. `kl_q`,
+    where q is known, is KL(q ‖ policy).
     """
     p = answer_probabilities(scores)
     correct = p[np.arange(len(label)), label]
@@ -175,7 +176,7 @@ def answer_metrics(
     metrics = {
         "mean_reward": (2 * correct - 1).mean(),
         "greedy_accuracy": (answer == label).mean(),
-        "mcc": matthews_corrcoef(label, answer),
+        "mcc": matthews_corrcoef(label, np.where(answer < 0, 1 - label, answer)),
         "acceptable_rate": (answer == 1).mean(),
         "acceptable_probability": p[:, 1].mean(),
         "format_rate": p[:, :2].sum(axis=1).mean(),

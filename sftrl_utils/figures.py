@@ -61,9 +61,11 @@ def curves(stages: Stage | Sequence[Stage], metrics: Sequence[str], splits: Sequ
 def reward_references(figure: Figure, corpus: Corpus, panel: int) -> Figure:
     """Draw into panel `panel` what the corpus's known q says is reachable: the Bayes and the calibrated reward."""
     dev = corpus.summary().loc["dev"]
+    if dev.isna().any():  # a corpus whose q nobody knows
+        return figure
     axis = figure.axes[panel]
-    axis.axhline(dev["bayes_reward"], color="0.2", linestyle="-.", linewidth=1, label="Bayes answer, E|2q − 1|")
-    axis.axhline(dev["calibrated_reward"], color="0.2", linestyle=":", linewidth=1, label="answers drawn from q")
+    axis.axhline(dev["bayes_reward"], color="0.2", linestyle="-.", linewidth=1, label="likelier answer, dev")
+    axis.axhline(dev["calibrated_reward"], color="0.2", linestyle=":", linewidth=1, label="answers drawn from q, dev")
     axis.legend(title=None)
     return figure
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from sftrl_utils.config import InputError, data_dir
 
@@ -39,10 +39,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             safe = {} if "gguf_file" in options else {"use_safetensors": True}
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **safe, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"model={name!r} cannot be loaded: {str(error).strip().splitlines()[0]} Use {EMBEDDED!r}, a folder with "
-            "config.json and safetensors, a .gguf file, or a hub id that can be reached"
-        ) from None
+        raise InputError(_unloadable(name, error)) from None
     if tokenizer.eos_token is None or tokenizer.chat_template is None:
         missing = "EOS token" if tokenizer.eos_token is None else "chat template"
         raise InputError(f"model={name!r}: its tokenizer has no {missing}; use an instruction-tuned model")
@@ -62,16 +59,23 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def revision(name: str) -> str:
-    """What pins the weights behind `name`: a content hash of local files, a hub commit otherwise."""
-    if name == EMBEDDED_RANDOM:
-        return "random-" + _hash(base_dir() / "config.json")
+    """What pins the model behind `name`: a hash of the local files that define it, or the hub's commit.
+
+    Raises `InputError` for a hub id that cannot be reached.
+    """
     source, options = _source(name)
     if "gguf_file" in options:
         return _hash(Path(source) / options["gguf_file"])
-    weights = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
-    if weights:
-        return _hash(*weights)
-    return str(getattr(AutoConfig.from_pretrained(source), "_commit_hash", "unknown"))
+    if Path(source).is_dir():
+        patterns = ("config.json", "tokenizer*", "chat_template.jinja", "*.safetensors")
+        files = sorted(path for pattern in patterns for path in Path(source).glob(pattern))
+        if name == EMBEDDED_RANDOM:
+            return "random-" + _hash(*(path for path in files if path.suffix != ".safetensors"))
+        return _hash(*files)
+    try:
+        return f"{name}@{Path(cached_file(source, 'config.json')).parent.name}"  # the cache names it by commit
+    except OSError as error:
+        raise InputError(_unloadable(name, error)) from None
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:
@@ -86,6 +90,13 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
     if looks_local and not path.is_dir():
         raise InputError(f"model={name!r} is neither {EMBEDDED!r}, a folder, a .gguf file nor a hub id (owner/name)")
     return name, {}
+
+
+def _unloadable(name: str, error: Exception) -> str:
+    return (
+        f"model={name!r} cannot be loaded: {str(error).strip().splitlines()[0]} Use {EMBEDDED!r}, a folder with "
+        "config.json and safetensors, a .gguf file, or a hub id that can be reached"
+    )
 
 
 def _hash(*paths: Path) -> str:

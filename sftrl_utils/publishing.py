@@ -119,9 +119,11 @@ def code_cells(notebook: NotebookNode) -> list[tuple[str, str]]:
 
 
 def read_run(copy: Path) -> dict[str, Any]:
-    """The run record beside an executed copy; empty if there is none."""
-    path = _record_path(copy)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The run record beside an executed copy; empty if there is none, or only half of one."""
+    try:
+        return json.loads(_record_path(copy).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
 
 
 def _record_path(copy: Path) -> Path:

@@ -67,7 +67,12 @@ class RunRecord(BaseModel):
     @property
     def valid(self) -> bool:
         """True when every health gate is ok."""
-        return all(verdict == "ok" for verdict in self.gates.values())
+        return not self.failed_gates
+
+    @property
+    def failed_gates(self) -> str:
+        """The gates that are not ok, each with its reason; "" if the run is valid."""
+        return "; ".join(f"{gate}: {verdict}" for gate, verdict in self.gates.items() if verdict != "ok")
 
 
 def versions() -> dict[str, str]:
@@ -113,8 +118,7 @@ def runs_table(store: Path) -> pd.DataFrame:
         row |= {name: record.config[name] for name in ("response_style", "sft_steps", "rl_steps")}
         for metric in SUMMARY:
             row[f"{metric}_start"], row[f"{metric}_end"] = metrics[metric].iloc[[0, -1]].astype(float)
-        failed = [f"{gate}: {verdict}" for gate, verdict in record.gates.items() if verdict != "ok"]
-        row |= {"wall_s": record.wall_s, "device": record.device, "gates": "; ".join(failed) or "ok"}
+        row |= {"wall_s": record.wall_s, "device": record.device, "gates": record.failed_gates or "ok"}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -135,8 +139,19 @@ def runs_text(store: Path) -> str:
 
 
 def publish(store: Path, target: Path) -> int:
-    """Copy record and metrics of every finished stage in `store` to `target`; returns how many."""
+    """Make `target` hold record and metrics, no weights, of every finished stage in `store`; returns how many.
+
+    Stages in `target` that `store` lacks are removed. Raises `ValueError` if the stages were trained by
+    different versions of the code, whose numbers must not be mixed.
+    """
     stages = finished_stages(store)
+    versions_of_code = {read_record(stage_dir).key["code"] for stage_dir in stages}
+    if len(versions_of_code) > 1:
+        raise ValueError(
+            f"{store} holds stages of {len(versions_of_code)} versions of the code: train into an empty one"
+        )
+    for old in finished_stages(target):
+        shutil.rmtree(old)
     for stage_dir in stages:
         (target / stage_dir.name).mkdir(parents=True, exist_ok=True)
         for name in ("metrics.parquet", "record.json"):
@@ -159,12 +174,20 @@ def metrics_table(store: Path, **where: Any) -> pd.DataFrame:
 
 
 def second_stage(store: Path, pipeline: str, preset: str = "tiny") -> pd.DataFrame:
-    """Evaluations of the last stage of `pipeline` over all seeds in `store`, at β = 0, by `step` and `seed`."""
-    table = metrics_table(store, pipeline=pipeline, preset=preset, beta=0.0)
+    """Evaluations of the last stage of `pipeline`, one valid stage per seed, at β = 0, by `seed` and `step`.
+
+    Raises `LookupError` if there is none, or more than one for a seed.
+    """
+    table = metrics_table(store, pipeline=pipeline, preset=preset, beta=0.0, valid=True)
+    if table.empty:
+        raise LookupError(f"{store} holds no valid stage with pipeline={pipeline!r}, preset={preset!r}, beta=0")
+    twice = table.groupby("seed")["stage"].nunique().loc[lambda count: count > 1]
+    if len(twice):
+        raise LookupError(f"{store} holds several stages of pipeline={pipeline!r} with seed={twice.index[0]}")
     return table.sort_values(["seed", "step"], ignore_index=True)
 
 
 def base_metrics(store: Path, preset: str = "tiny") -> pd.Series:
     """Metrics of the base model: those at step 0 of the first stages, which all start there."""
-    table = metrics_table(store, pipeline="sft", preset=preset)
+    table = second_stage(store, "sft", preset)
     return table[table["step"] == 0].iloc[0]

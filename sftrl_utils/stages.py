@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -69,7 +70,10 @@ def train_stage(config: RunConfig, kind: str, parent: Stage | None = None) -> St
     with FileLock(store / f".{name}.lock"):
         if not (store / name / "record.json").is_file():
             _train_into(store, name, key, config, kind, corpus, parent)
-    return open_stage(store / name)
+    stage = open_stage(store / name)
+    if not stage.record.valid:
+        print(f"{name} is INVALID, its numbers say nothing about coupling: {stage.record.failed_gates}")
+    return stage
 
 
 def train_pipeline(config: RunConfig, pipeline: str) -> list[Stage]:
@@ -95,7 +99,7 @@ def stage_key(config: RunConfig, kind: str, corpus_revision: str, parent: Stage 
         "kind": kind,
         "parent": parent.record.stage if parent else models.revision(config.model),
         "corpus": corpus_revision,
-        "code": code_fingerprint(),
+        "code": CODE,
         "settings": {name: getattr(config, name) for name in names},
     }
 
@@ -103,7 +107,7 @@ def stage_key(config: RunConfig, kind: str, corpus_revision: str, parent: Stage 
 def code_fingerprint() -> str:
     """Hash of the code and libraries that numbers depend on; comments and docstrings do not count."""
     digest = hashlib.sha256(json.dumps(records.versions(), sort_keys=True).encode())
-    for module in RESULT_MODULES:
+    for module in (*RESULT_MODULES, sys.modules[__name__]):
         tree = ast.parse(inspect.getsource(module))
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
@@ -147,11 +151,11 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
         model=config.model,
         corpus=config.corpus,
         seed=config.seed,
-        beta=config.beta,
+        beta=config.beta if kind == "grpo" else parent.record.beta if parent else 0.0,
         config=config.model_dump(mode="json", exclude={"out_dir"}),
         key=key,
         versions=records.versions(),
-        git_commit=records.git_commit(),
+        git_commit=COMMIT,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
         started=started.isoformat(timespec="seconds"),
         wall_s=round(time.perf_counter() - clock, 2),
@@ -163,4 +167,9 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
     models.save(model, tokenizer, unfinished / "model")
     trained.metrics.to_parquet(unfinished / "metrics.parquet", index=False)
     (unfinished / "record.json").write_text(record.model_dump_json(indent=2), encoding="utf-8")
+    shutil.rmtree(store / name, ignore_errors=True)  # a folder without a record is nobody's
     unfinished.rename(store / name)
+
+
+# Of the code that was imported, not of files edited since.
+CODE, COMMIT = code_fingerprint(), records.git_commit()

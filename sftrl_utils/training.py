@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from sftrl_utils import models
-from sftrl_utils.config import RunConfig
+from sftrl_utils.config import InputError, RunConfig
 from sftrl_utils.corpora import ANSWERS, Corpus, response_text, rl_dataset, sft_dataset
 from sftrl_utils.evaluation import Evaluator
 from sftrl_utils.rewards import verifier
@@ -59,7 +59,8 @@ def grpo_config(config: RunConfig, seed: int, output_dir: str, max_completion_le
         max_completion_length=max_completion_length,
         beta=config.beta,  # TRL's default 0.0 is a choice here, swept by the book
         loss_type=config.loss_type,
-        scale_rewards="group",  # GRPO's advantage: (r - mean) / std within the group (DeepSeekMath, Sec. 4.1)
+        # GRPO's advantage is (r - mean) / std within the group (DeepSeekMath, Sec. 4.1); Dr. GRPO drops the std
+        scale_rewards="none" if config.loss_type == "dr_grpo" else "group",
         num_iterations=1,  # on-policy: one update per batch of samples
         steps_per_generation=1,
         epsilon=0.2,  # PPO's clipping; without effect while on-policy
@@ -68,7 +69,7 @@ def grpo_config(config: RunConfig, seed: int, output_dir: str, max_completion_le
         temperature=1.0,  # mean@1 is defined at temperature 1, top-p 1
         top_p=1.0,
         top_k=0,
-        mask_truncated_completions=False,  # an unfinished answer is a wrong answer
+        mask_truncated_completions=False,  # an unfinished answer is rewarded for what there is of it
         entropy_coef=0.0,
         disable_dropout=True,  # ratio 1 on-policy, exactly
         **_common(seed, output_dir),
@@ -77,7 +78,7 @@ def grpo_config(config: RunConfig, seed: int, output_dir: str, max_completion_le
 
 def _common(seed: int, output_dir: str) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
-    bf16 = cuda and torch.cuda.is_bf16_supported()
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 only emulates it
     return {
         "output_dir": output_dir,
         "seed": seed,  # TRL's fixed 42 would make repeats identical
@@ -92,6 +93,7 @@ def _common(seed: int, output_dir: str) -> dict[str, Any]:
         "fp16": cuda and not bf16,
         "activation_checkpointing": False,  # fits in memory without; TRL's default costs about a third more time
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # else a loss that is not finite is logged as 0 and no gate sees it
         "save_strategy": "no",
         "eval_strategy": "no",  # our callback evaluates
         "report_to": "none",
@@ -139,6 +141,10 @@ def train(
             )
         trainer.remove_callback(PrinterCallback)  # prints every log line where tqdm is off
         trainer.train()
+    if trainer.state.global_step != steps:
+        raise InputError(
+            f"{kind} ended after {trainer.state.global_step} of {steps} steps: give it more train_sentences"
+        )
     model.eval()
     chosen, default = _settings(settings), _defaults(type(settings))
     differences = {name: (default[name], value) for name, value in chosen.items() if value != default.get(name)}
@@ -165,7 +171,8 @@ def health_gates(metrics: pd.DataFrame, logs: list[dict[str, float]]) -> dict[st
     """
     losses = [entry["loss"] for entry in logs if "loss" in entry]
     bad_steps = [step for step, loss in enumerate(losses, start=1) if not math.isfinite(loss)]
-    bad_metrics = [name for name in metrics if name.startswith("sft_loss") and not np.isfinite(metrics[name]).all()]
+    numbers = metrics.drop(columns=[name for name in metrics if name.startswith("kl_q") and metrics[name].isna().all()])
+    bad_metrics = [name for name in numbers if not np.isfinite(numbers[name]).all()]
     format_rate = metrics["format_rate_train"].iloc[-1]
     gates = {
         "finite_loss": f"loss is not finite from step {bad_steps[0]}" if bad_steps else "ok",

@@ -1,20 +1,25 @@
 """Changes over seeds and their intervals."""
 
+import json
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftrl_utils import claims, records, stages
+from sftrl_utils import claims, corpora, models, records, stages
+from sftrl_utils.config import RunConfig
 
-CHANGES = st.lists(st.floats(-10, 10, allow_subnormal=False), min_size=3, max_size=8)
+CHANGES = st.lists(st.integers(-1000, 1000).map(lambda n: n / 100), min_size=3, max_size=8)
 
 
 @pytest.fixture(scope="module")
 def three_seeds(small_config):
     for seed in range(3):
-        stages.train_pipeline(small_config.model_copy(update={"seed": seed}), "sft_then_rl")
+        for pipeline in ("sft_then_rl", "sft_then_sft"):
+            stages.train_pipeline(small_config.model_copy(update={"seed": seed}), pipeline)
     return small_config.out_dir
 
 
@@ -24,6 +29,7 @@ def test_the_interval_lies_within_the_data_and_around_the_mean(values):
     assert mean == pytest.approx(np.mean(values))
     slack = 1e-9 * max(1, np.abs(values).max())
     assert min(values) - slack <= low <= high <= max(values) + slack
+    assert low <= mean + slack and mean - slack <= high
 
 
 def test_the_interval_covers_a_known_mean_about_as_often_as_it_says():
@@ -57,18 +63,51 @@ def test_the_seed_table_holds_start_end_and_change(three_seeds):
     pd.testing.assert_series_equal(table.loc["mean"], table.iloc[:3].mean(), check_names=False)
 
 
-def test_change_intervals_count_the_seeds_that_rose(three_seeds):
-    table = claims.change_intervals(three_seeds, ["sft_then_rl"], ["sft_loss_dev"], "smoke")
-    change = claims.seed_table(three_seeds, "sft_then_rl", ["sft_loss_dev"], "smoke")[("sft_loss_dev", "change")]
-    row = table.loc[("sft_then_rl", "sft_loss_dev")]
-    assert row["rose"] == (change.drop("mean") > 0).sum() and row["seeds"] == 3
-    assert row["change"] == pytest.approx(change["mean"])
+def test_change_intervals_hold_the_paired_difference_to_the_control(three_seeds):
+    table = claims.change_intervals(three_seeds, "sft_then_rl", "sft_then_sft", ["sft_loss_dev"], "smoke")
+    changes = [
+        claims.seed_table(three_seeds, name, ["sft_loss_dev"], "smoke")[("sft_loss_dev", "change")].drop("mean")
+        for name in ("sft_then_rl", "sft_then_sft")
+    ]
+    first, difference = (table.loc[(name, "sft_loss_dev")] for name in ("sft_then_rl", "difference"))
+    assert first["rose"] == (changes[0] > 0).sum() and first["seeds"] == 3
+    assert first["change"] == pytest.approx(changes[0].mean())
+    assert difference["change"] == pytest.approx((changes[0] - changes[1]).mean())
+    assert difference["low"] <= difference["change"] <= difference["high"]
 
 
-def test_the_published_runs_answer_both_claims():
+def test_a_second_stage_for_one_seed_or_none_is_refused(three_seeds, tmp_path):
+    with pytest.raises(LookupError, match="no valid stage with pipeline='sft_then_rl'"):
+        claims.seed_table(tmp_path, "sft_then_rl", ["sft_loss_dev"], "smoke")
+    records.publish(three_seeds, tmp_path)
+    first = next(path for path in records.finished_stages(tmp_path) if path.name.startswith("sft"))
+    shutil.copytree(first, tmp_path / "sft-copy")
+    record = json.loads((first / "record.json").read_text()) | {"stage": "sft-copy"}
+    (tmp_path / "sft-copy" / "record.json").write_text(json.dumps(record))
+    with pytest.raises(LookupError, match="several stages"):
+        claims.seed_table(tmp_path, records.read_record(first).pipeline, ["sft_loss_dev"], "smoke")
+
+
+def test_an_invalid_stage_counts_for_nothing(three_seeds, tmp_path):
+    records.publish(three_seeds, tmp_path)
+    for path in records.finished_stages(tmp_path):
+        record = json.loads((path / "record.json").read_text())
+        if record["seed"] == 1:
+            record["gates"]["finite_loss"] = "loss is not finite from step 3"
+            (path / "record.json").write_text(json.dumps(record))
+    assert list(claims.seed_table(tmp_path, "sft_then_rl", ["sft_loss_dev"], "smoke").index) == ["0", "2", "mean"]
+
+
+def test_the_published_runs_cover_both_claims_and_rest_on_what_ships():
     published = claims.published_results()
     runs = records.runs_table(published)
     for pipeline in ("sft_then_rl", "rl_then_sft", "sft_then_sft", "rl_then_rl"):
         chosen = runs[(runs["pipeline"] == pipeline) & (runs["preset"] == "tiny") & (runs["beta"] == 0)]
         assert sorted(chosen["seed"]) == [0, 1, 2, 3, 4]
         assert set(chosen["gates"]) == {"ok"}
+    corpus = corpora.load_corpus(RunConfig.from_parameters({}))
+    for path in records.finished_stages(published):
+        record = records.read_record(path)
+        assert record.key["corpus"] == corpus.revision
+        if record.parent == "base":
+            assert record.key["parent"] == models.revision("embedded")

@@ -32,6 +32,16 @@ def test_publish_copies_without_weights(sft_then_rl, tmp_path, capsys):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_stages_of_two_versions_of_the_code_are_not_published(sft_then_rl, tmp_path, capsys):
+    records.publish(sft_then_rl[0].path.parent, tmp_path / "store")
+    path = records.finished_stages(tmp_path / "store")[0] / "record.json"
+    record = json.loads(path.read_text())
+    record["key"]["code"] = "other"
+    path.write_text(json.dumps(record))
+    assert cli.main(["publish", "--dir", str(tmp_path / "store"), "--to", str(tmp_path / "out")]) == 2
+    assert "2 versions of the code" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_corpus_writes_cola_s_files(tmp_path):
     assert cli.main(["corpus", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == set(corpora.COLA_FILES.values())

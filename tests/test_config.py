@@ -24,8 +24,9 @@ def test_a_parameter_overrides_one_field_only():
 BAD = [
     ({"preset": "large"}, "preset='large'", "smoke, tiny"),
     ({"bta": 0.1}, "bta=0.1", "beta"),
+    ({"beta": math.inf}, "beta=inf", "finite"),
     ({"beta": -0.1}, "beta=-0.1", "greater than or equal to 0"),
-    ({"beta": math.nan}, "beta=nan", "finite"),
+    ({"beta": math.nan}, "beta=nan", "greater than or equal to 0"),
     ({"beta": True}, "beta=True", "number"),
     ({"seed": -1}, "seed=-1", "greater than or equal to 0"),
     ({"seed": 1.5}, "seed=1.5", "integer"),
@@ -38,6 +39,7 @@ BAD = [
     ({"loss_type": "ppo"}, "loss_type='ppo'", "grpo"),
     ({"response_style": "essay"}, "response_style='essay'", "rationale"),
     ({"response_style": "rationale", "corpus": "cola"}, "response_style='rationale'", "corpus='graded'"),
+    ({"train_sentences": 2, "batch_size": 64}, "train_sentences=2", "at least"),
     ({"model": ""}, "model=''", "at least 1"),
 ]
 
@@ -57,6 +59,13 @@ def test_a_notebook_shows_the_line_and_no_traceback():
 def test_modules_and_private_names_of_a_notebook_are_not_parameters():
     namespace = {"math": math, "_i1": "x", "In": ["x"], "Out": {}, "RunConfig": RunConfig, "seed": 7}
     assert RunConfig.from_parameters(namespace).seed == 7
+
+
+def test_a_notebook_can_be_run_again_in_one_kernel():
+    namespace = {"seed": 1}
+    RunConfig.from_parameters(namespace)
+    namespace |= {"numbers": {"later": 1}, "seed": 2}
+    assert RunConfig.from_parameters(namespace).seed == 2
 
 
 @given(name=st.from_regex(r"[a-z]{3,12}", fullmatch=True), value=st.one_of(st.integers(), st.text(max_size=5)))

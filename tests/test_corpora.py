@@ -50,11 +50,15 @@ def test_a_rationale_must_start_with_answer_and_colon(text):
 
 
 def test_summary_agrees_with_its_definitions():
-    corpus = corpora.load_corpus(config())
-    row, q = corpus.summary().loc["dev"], corpus.splits["dev"]["q"]
-    assert row["bayes_reward"] == pytest.approx(np.mean([2 * max(p, 1 - p) - 1 for p in q]))
-    assert row["calibrated_reward"] == pytest.approx(np.mean([p * (2 * p - 1) + (1 - p) * (1 - 2 * p) for p in q]))
-    assert row["entropy_floor"] == pytest.approx(np.mean([-(p * np.log(p) + (1 - p) * np.log(1 - p)) for p in q]))
+    corpus = corpora.load_corpus(config(train_sentences=9_000))
+    row, frame = corpus.summary().loc["train"], corpus.splits["train"]
+    pairs = list(zip(frame["q"], frame["label"], strict=True))
+    assert row["bayes_reward"] == pytest.approx(np.mean([1 if (q > 0.5) == y else -1 for q, y in pairs]))
+    assert row["calibrated_reward"] == pytest.approx(np.mean([2 * q - 1 if y else 1 - 2 * q for q, y in pairs]))
+    floor = np.mean([-(q * np.log(q) + (1 - q) * np.log(1 - q)) for q, _ in pairs])
+    assert row["entropy_floor"] == pytest.approx(floor)
+    assert row["bayes_reward"] == pytest.approx(np.mean([abs(2 * q - 1) for q, _ in pairs]), abs=0.02)
+    assert row["calibrated_reward"] == pytest.approx(np.mean([(2 * q - 1) ** 2 for q, _ in pairs]), abs=0.02)
 
 
 def test_revision_changes_with_one_label():

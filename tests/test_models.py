@@ -37,7 +37,10 @@ def test_saved_and_loaded_models_agree(embedded, tmp_path):
     assert copied("The dog barks.")["input_ids"] == ids[0].tolist()
     with torch.no_grad():
         assert torch.equal(model(ids).logits, copy(ids).logits)
-    assert models.revision(str(tmp_path / "copy")) == models.revision("embedded")
+    revision = models.revision(str(tmp_path / "copy"))
+    with (tmp_path / "copy" / "chat_template.jinja").open("a") as stream:
+        stream.write(" ")
+    assert models.revision(str(tmp_path / "copy")) != revision
 
 
 def test_the_random_twin_shares_the_architecture_only(embedded):
@@ -54,6 +57,19 @@ def test_a_missing_model_is_one_line(name):
     with pytest.raises(InputError) as caught:
         models.load(name)
     assert f"model={name!r}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_hub_model_is_pinned_by_name_and_commit(monkeypatch, tmp_path):
+    for name in ("one/model", "two/model"):
+        cached = tmp_path / name / "snapshots" / "abc123" / "config.json"
+        monkeypatch.setattr(models, "cached_file", lambda *_, cached=cached: str(cached))
+        assert models.revision(name) == f"{name}@abc123"
+
+
+def test_a_hub_model_that_cannot_be_reached_is_one_line():
+    with pytest.raises(InputError) as caught:
+        models.revision("no-such-owner/no-such-model")
+    assert "no-such-owner" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_pickled_weights_are_refused(embedded, tmp_path):
