@@ -89,7 +89,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def judged_sentences(count: int, seed: int = SEED) -> pd.DataFrame:
-    """`count` sentences with the judgement of an annotator who is not always attentive and the response style asked for.
+    """`count` sentences, each with a not always attentive judgement and the response style asked for.
 
     With probability `ATTENTION` the answer is the annotator's label, otherwise `acceptable` with
     probability `BASE_RATE`: P(acceptable | x) = 0.8 q(x) + 0.14.

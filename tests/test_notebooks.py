@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 from sftrl_utils import records
@@ -58,14 +59,20 @@ def test_a_notebook_runs_from_any_folder_and_leaves_its_stages(notebook, name, t
     assert len(pictures) >= 1
 
 
-def test_the_second_notebook_loads_what_the_first_one_trained(tmp_path):
+def test_the_second_notebook_loads_what_the_first_one_trained_and_a_rerun_is_identical(tmp_path):
     first, second = (next(path for path in NOTEBOOKS if path.stem == stem) for stem in ("02_sft", "04_sft_then_rl"))
-    assert papermill(first, tmp_path, PARAMETERS["label"])[1].returncode == 0
-    [sft] = records.finished_stages(tmp_path / "runs")
-    before = (sft / "record.json").stat().st_mtime_ns
-    assert papermill(second, tmp_path, PARAMETERS["label"])[1].returncode == 0
-    assert (sft / "record.json").stat().st_mtime_ns == before
-    assert len(records.finished_stages(tmp_path / "runs")) == 2
+    stores = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        assert papermill(first, folder, PARAMETERS["label"])[1].returncode == 0
+        stores += records.finished_stages(folder / "runs")
+    one, two = stores
+    assert one.name == two.name
+    pd.testing.assert_frame_equal(records.read_metrics(one), records.read_metrics(two), check_exact=True)
+    before = (one / "record.json").stat().st_mtime_ns
+    assert papermill(second, tmp_path / "one", PARAMETERS["label"])[1].returncode == 0
+    assert (one / "record.json").stat().st_mtime_ns == before
+    assert len(records.finished_stages(tmp_path / "one" / "runs")) == 2
 
 
 @pytest.mark.parametrize(
