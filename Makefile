@@ -29,6 +29,8 @@ setup: .venv/.complete  ## make .venv with everything in it (automatic)
 	@rm -f $@
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --no-build-isolation -e .
+	@# Once here, not in every process that may not write bytecode; some packages hold templates that do not compile.
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 book: setup  ## execute every notebook (PRESET=tiny) and build the HTML

@@ -197,7 +197,6 @@ def built(tmp_path_factory):
     return root, copies, index
 
 
-@pytest.mark.xdist_group("book")
 def test_the_book_builds_without_a_warning_and_shows_both_claims_first(built):
     root, copies, index = built
     assert len(copies) >= 4 and index.is_file()
@@ -211,7 +210,6 @@ def test_the_book_builds_without_a_warning_and_shows_both_claims_first(built):
     assert all((root / "_build" / "html" / picture).is_file() for picture in pictures)
 
 
-@pytest.mark.xdist_group("book")
 def test_pages_show_outputs_source_code_and_the_last_run(built):
     root, copies, _ = built
     for copy in copies:
@@ -221,13 +219,11 @@ def test_pages_show_outputs_source_code_and_the_last_run(built):
         assert "injected" not in page and "{glue" not in page and str(root) not in page
 
 
-@pytest.mark.xdist_group("book")
 def test_no_page_loads_thebe(built):
     pages = list((built[0] / "_build" / "html").rglob("*.html"))
     assert pages and not any("unpkg.com" in page.read_text(encoding="utf-8") for page in pages)
 
 
-@pytest.mark.xdist_group("book")
 def test_another_preset_and_a_changed_number_reach_every_page(built):
     """An incremental build: pages that a changed copy is shown on, or glued into, are read again."""
     root, copies, _ = built
@@ -252,7 +248,6 @@ def test_another_preset_and_a_changed_number_reach_every_page(built):
     assert "76.54" in (html / "book" / "welcome.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.xdist_group("book")
 def test_a_warning_fails_the_next_build_too(built, capfd):
     root, _, _ = built
     page = root / "book" / "notation.md"
@@ -267,7 +262,6 @@ def test_a_warning_fails_the_next_build_too(built, capfd):
         page.write_text(good, encoding="utf-8")
 
 
-@pytest.mark.xdist_group("book")
 def test_a_missing_copy_stops_the_build(built, capfd):
     root, copies, _ = built
     hidden = copies[0].with_suffix(".hidden")

@@ -120,15 +120,15 @@ def start(folder, steps):
 
 
 def test_a_killed_run_leaves_nothing_finished_and_the_next_one_completes(tmp_path):
-    run = start(tmp_path, 150)
+    run = start(tmp_path, 100)
     deadline = time.time() + 120
     while not list(tmp_path.glob(".sft-*.lock")) and time.time() < deadline:
         time.sleep(0.1)
-    time.sleep(3)  # inside the 150 updates
+    time.sleep(3)  # inside the 100 updates
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert records.finished_stages(tmp_path) == []
-    again = start(tmp_path, 150)  # the same stage: it meets the lock and whatever was left
+    again = start(tmp_path, 100)  # the same stage: it meets the lock and whatever was left
     printed, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert [str(path) for path in records.finished_stages(tmp_path)] == [printed.strip()]
