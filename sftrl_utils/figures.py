@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from sftrl_utils import tabular
 from sftrl_utils.corpora import Corpus
 from sftrl_utils.records import base_metrics, second_stage
 from sftrl_utils.stages import Stage
@@ -83,6 +85,90 @@ def seeds_figure(store: Path, pipelines: Sequence[str], metric: str, split: str,
     axis.axhline(base, color="0.5", linestyle="--", linewidth=1, label="base model")
     axis.set(xlabel="update step of the second stage", ylabel=f"{LABELS[metric]}, {SPLIT_NAMES[split]}")
     axis.legend(title=None)
+    plt.close(figure)
+    return figure
+
+
+def loss_changes(cases: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], longest: float) -> Figure:
+    """Δ(η), the exact change of the SFT loss under RL, for named one-prompt cases (log q, log s, reward)."""
+    use_style()
+    figure, axis = plt.subplots()
+    etas, one = np.linspace(0, longest, 200), np.ones(1)
+    for color, (name, (log_q, log_s, reward)) in zip(sns.color_palette(), cases.items(), strict=False):
+        change = tabular.sft_loss_change(log_q, log_s, reward, etas, one)
+        axis.plot(etas, change, color=color, label=name)
+        crossing = float(tabular.break_even(log_q, log_s, reward, one))
+        if 0 < crossing < longest:
+            axis.plot(crossing, 0, "o", color=color)
+    axis.axhline(0, color="0.5", linewidth=1)
+    axis.set(xlabel="η = 1/β, or the duration of natural-gradient RL", ylabel="change of the SFT loss (nats)")
+    axis.legend()
+    plt.close(figure)
+    return figure
+
+
+def utilities(log_q: np.ndarray, reward: np.ndarray, lam: float, longest: float) -> Figure:
+    """U(T) = gain of mean reward − λ × rise of the SFT loss over the duration T of RL from s = q, one prompt."""
+    use_style()
+    figure, axis = plt.subplots()
+    times, one = np.linspace(0, longest, 400), np.ones(1)
+    gain = tabular.mean_reward(tabular.gibbs(log_q, reward, times), reward, one)
+    utility = gain - gain[0] - lam * tabular.sft_loss_change(log_q, log_q, reward, times, one)
+    axis.plot(times, utility)
+    best = float(tabular.optimal_duration(log_q, reward, one, lam))
+    axis.axvline(best, color="0.3", linestyle=":", label=f"optimal duration, {best:.2f}")
+    axis.set_yscale("symlog", linthresh=0.01)
+    axis.set(xlabel="duration T", ylabel="reward gained − λ × loss risen")
+    axis.legend()
+    plt.close(figure)
+    return figure
+
+
+def joint_plane(log_q: np.ndarray, reward: np.ndarray, weights: np.ndarray, longest: float) -> Figure:
+    """The plane of mean reward and SFT loss: the frontier, RL from q, and SFT back towards q from RL's end."""
+    use_style()
+    figure, axis = plt.subplots()
+    etas, parts = np.linspace(0, longest, 60), np.linspace(0, 1, 60)
+    trained = tabular.gibbs(log_q, reward, np.array(longest))
+    paths = {
+        "RL after SFT": tabular.gibbs(log_q, reward, etas),
+        "SFT after that RL": tabular.mixture(trained, log_q, parts),
+    }
+    for (name, path), style in zip(paths.items(), ("--", ":"), strict=True):
+        axis.plot(tabular.mean_reward(path, reward, weights), tabular.sft_loss(path, log_q, weights), style, label=name)
+    best = tabular.joint_optimum(log_q, reward, np.logspace(-2, 1.6, 60))
+    axis.plot(
+        tabular.mean_reward(best, reward, weights), tabular.sft_loss(best, log_q, weights), "0.2", label="frontier"
+    )
+    axis.set(xlabel="mean reward", ylabel="SFT loss (nats per response)")
+    axis.legend()
+    plt.close(figure)
+    return figure
+
+
+def grpo_at_rest(start: float, betas: np.ndarray, group_size: int) -> Figure:
+    """Left: GRPO's weight c_G(a) over the success rate a. Right: success rate at rest over β, for three updates."""
+    use_style()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.6))
+    success_rate = np.linspace(0.005, 0.995, 200)
+    for size in (2, group_size, 64):
+        left.plot(success_rate, tabular.group_weight(success_rate, size), label=f"G = {size}")
+    left.plot(success_rate, 1 / np.sqrt(success_rate * (1 - success_rate)), "0.2", linestyle=":", label="G → ∞")
+    left.set(xlabel="success rate a of the prompt", ylabel="weight of its gradient, c(a)", ylim=(0, 8))
+    left.legend()
+    shape = (len(betas), 1, 2)
+    log_pi = np.broadcast_to(np.log([start, 1 - start]), shape)
+    success = np.broadcast_to([1.0, 0.0], shape)
+    ends = {
+        "Gibbs": tabular.gibbs(log_pi, success, 1 / betas),
+        "GRPO, spread divided out": tabular.grpo_fixed_point(log_pi, success, betas, group_size),
+        "k3 as a loss": tabular.joint_optimum(log_pi, success, 1 / betas),
+    }
+    for (name, log_p), style in zip(ends.items(), ("-", "--", ":"), strict=True):
+        right.plot(betas, np.exp(log_p[:, 0, 0]), style, label=name)
+    right.axhline(start, color="0.5", linewidth=1)
+    right.set(xlabel="β", ylabel="success rate at rest", xscale="log")
+    right.legend()
     plt.close(figure)
     return figure
 

@@ -22,6 +22,7 @@ ROWS = [
     {"training", "pretraining"},
     {"evaluation", "rewards"},
     {"corpora", "models"},
+    {"statements", "counterexamples"},
     {"grammar", "tabular"},
     {"lexicon"},
     {"config", "records"},
