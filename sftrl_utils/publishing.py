@@ -145,7 +145,7 @@ def build(preset: str, root: Path = Path(".")) -> Path:
 
 
 def staged_notebook(source: NotebookNode, executed: NotebookNode, run: dict[str, Any], root: Path) -> NotebookNode:
-    """The page of a notebook: markdown from `source`, code and outputs from `executed`.
+    """The page of a notebook: markdown and metadata from `source`, code and outputs from `executed`.
 
     Adds a "last run" line after the title, hides papermill's parameters cell, drops what papermill and
     widgets left in the metadata, and makes paths under `root` relative. Raises `ValueError` if the copy's
@@ -159,6 +159,8 @@ def staged_notebook(source: NotebookNode, executed: NotebookNode, run: dict[str,
     ran = {cell.id: cell for cell in executed.cells if cell.cell_type == "code"}
     page = nbformat.v4.new_notebook(metadata=source.metadata)
     for cell in source.cells:
+        if cell.cell_type == "code":
+            ran[cell.id].metadata = cell.metadata  # captions and tags, like prose, need no new run
         page.cells.append(_cleaned(ran[cell.id], root) if cell.cell_type == "code" else cell)
         if len(page.cells) == 1 and run:
             page.cells.append(nbformat.v4.new_markdown_cell(last_run_line(run), id="last-run"))

@@ -634,7 +634,8 @@ def table(m: Instances, *which: Callable[[Instances], list[Check]]) -> pd.DataFr
     """One row a line of the statements in `which`: identities with their worst residual, bounds with least slack."""
     rows = [(statement.__name__, *check, check.holds) for statement in which for check in results(statement, m)]
     frame = pd.DataFrame(rows, columns=["statement", "line", "kind", "worst", "holds"])
-    return frame.set_index(["statement", "line"])
+    frame = frame.set_index(["statement", "line"] if len(which) > 1 else "line").rename_axis(columns=None)
+    return frame.assign(worst=[f"{value:.1e}" for value in frame["worst"]])
 
 
 # ---- helpers

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sftrl_utils import corpora, figures, stages
+from sftrl_utils import corpora, figures, stages, statements, tabular
 
 
 def line_values(axis, position=0):
@@ -43,3 +43,37 @@ def test_the_seeds_figure_draws_the_mean_over_seeds(small_config):
     assert values[-1] == pytest.approx(last["sft_loss_dev"].mean())
     for seed, end in seeds.items():
         assert last.set_index("seed")["sft_loss_dev"][seed] == end
+
+
+HALF, SURE = (tabular.log_probabilities([[a, 1 - a]]) for a in (0.5, 0.9))
+REWARD, ONE = np.array([[1.0, -1.0]]), np.ones(1)
+
+
+def test_loss_changes_mark_where_rl_has_used_up_what_it_gave():
+    figure = figures.loss_changes({"optimal": (SURE, SURE, REWARD), "unsure": (SURE, HALF, REWARD)}, longest=4)
+    optimal, unsure, mark = figure.axes[0].get_lines()[:3]
+    assert optimal.get_ydata()[-1] == pytest.approx(tabular.sft_loss_change(SURE, SURE, REWARD, 4.0, ONE))
+    assert unsure.get_ydata().min() < 0 < unsure.get_ydata()[-1]
+    assert mark.get_xdata()[0] == pytest.approx(tabular.break_even(SURE, HALF, REWARD, ONE))
+
+
+def test_utilities_mark_their_highest_point():
+    curve, mark = figures.utilities(SURE, REWARD, lam=1.0, longest=3).axes[0].get_lines()
+    assert curve.get_xdata()[curve.get_ydata().argmax()] == pytest.approx(mark.get_xdata()[0], abs=0.01)
+
+
+def test_the_joint_plane_has_no_path_below_its_frontier():
+    m = statements.random_instances(1, seed=3)[0]
+    figure = figures.joint_plane(m.log_q, m.reward, m.weights, longest=3)
+    rl, sft, frontier = figure.axes[0].get_lines()
+    assert (rl.get_xdata()[-1], rl.get_ydata()[-1]) == pytest.approx((sft.get_xdata()[0], sft.get_ydata()[0]))
+    for path in (rl, sft):
+        least = np.interp(path.get_xdata(), frontier.get_xdata(), frontier.get_ydata())
+        assert np.all(path.get_ydata() >= least - 1e-3)  # the frontier is drawn in straight pieces
+
+
+def test_grpo_rests_above_gibbs_and_k3_as_a_loss_below_for_small_beta():
+    left, right = figures.grpo_at_rest(start=0.3, betas=np.array([0.3, 30.0]), group_size=8).axes
+    assert line_values(left) == pytest.approx(np.sqrt(0.5))  # G = 2
+    gibbs, grpo, k3 = (line_values(right, i) for i in range(3))
+    assert k3[0] < gibbs[0] < grpo[0] and gibbs[1] == pytest.approx(0.3, abs=0.01)

@@ -1,6 +1,7 @@
 """Every notebook through papermill, and what each leaves behind."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import cache
@@ -10,16 +11,16 @@ import nbformat
 import pandas as pd
 import pytest
 
-from sftrl_utils import records
+from sftrl_utils import records, statements
 
 NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "notebooks").glob("0*.ipynb"))}
 LEAVES = {
+    "01_theory": set(),
     "02_sft": {"sft"},
     "03_grpo": {"grpo"},
     "04_sft_then_rl": {"sft", "sft_then_rl"},
     "05_rl_then_sft": {"grpo", "rl_then_sft"},
 }
-TRAINING = [NOTEBOOKS[stem] for stem in LEAVES]
 PARAMETERS = {
     "label": {"preset": "smoke", "model": "embedded", "seed": 1},
     "rationale": {"preset": "smoke", "response_style": "rationale", "beta": 0.05, "group_size": 2, "seed": 2},
@@ -46,7 +47,7 @@ def executed(tmp_path_factory):
     @cache
     def execute(name):
         folder = tmp_path_factory.mktemp(name)
-        return folder, {path.stem: papermill(path, folder, PARAMETERS[name]) for path in TRAINING}
+        return folder, {path.stem: papermill(path, folder, PARAMETERS[name]) for path in NOTEBOOKS.values()}
 
     return execute
 
@@ -71,6 +72,19 @@ def test_a_notebook_runs_from_any_folder_and_leaves_its_stages(notebook, name, e
     assert not any(out.output_type == "error" for cell in cells for out in cell.outputs)
     pictures = [out for cell in cells for out in cell.outputs if "image/png" in out.get("data", {})]
     assert len(pictures) >= 1
+
+
+def test_every_statement_has_its_check_and_every_check_holds(executed):
+    output, _ = executed("label")[1]["01_theory"]
+    cells = nbformat.read(output, as_version=4).cells
+    prose = "".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    labels = re.findall(r":::\{prf:(?:theorem|corollary|proposition)\}.*\n:label: (.*)", prose)
+    names = [statement.__name__ for statement in statements.STATEMENTS]
+    assert [label.replace("-", "_") for label in labels] == names
+    assert len(re.findall(r":::\{prf:proof\}", prose)) == len(labels)
+    code = "".join(cell.source for cell in cells if cell.cell_type == "code")
+    assert all(f"statements.{name})" in code for name in names)
+    assert any("all hold: True" in out.get("text", "") for cell in cells for out in cell.get("outputs", []))
 
 
 def test_a_notebook_loads_what_another_one_trained(executed):
@@ -114,7 +128,7 @@ def test_the_source_is_clean_and_short(notebook):
     assert all(not cell.outputs and cell.execution_count is None for cell in cells)
     [parameters] = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     assert max(len(cell.source.splitlines()) for cell in cells if cell is not parameters) <= 12
-    first = code_cells(TRAINING[0])[0]
+    first = code_cells(NOTEBOOKS["01_theory"])[0]
     assert parameters.source == first.source  # the same names, in the same order, everywhere
     names = [line.split(" = ")[0] for line in parameters.source.splitlines()]
     assert names == [

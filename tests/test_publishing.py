@@ -55,9 +55,10 @@ def page_of(source, executed, root):
     return page, {cell.id: cell for cell in page.cells}
 
 
-def test_prose_comes_from_the_source_and_outputs_from_the_copy(source, executed, tmp_path):
+def test_prose_and_metadata_come_from_the_source_and_outputs_from_the_copy(source, executed, tmp_path):
+    source.cells[3].metadata = {"tags": ["hide-input"]}
     _, cells = page_of(source, executed, tmp_path)
-    assert cells["prose"].source == "New prose"
+    assert cells["prose"].source == "New prose" and cells["sum"].metadata["tags"] == ["hide-input"]
     assert len(cells["sum"].outputs) == 2
 
 

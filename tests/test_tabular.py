@@ -124,6 +124,10 @@ def test_the_fisher_matrix_is_the_covariance_of_scores():
     assert tabular.fisher_radius(HALF, ONE) == pytest.approx(0.5)  # the largest there is
 
 
+def test_the_range_is_from_the_worst_to_the_best_reward():
+    assert tabular.reward_range([[1.0, -2.0, 0.5], [3.0, 3.0, 3.0]]) == pytest.approx([3.0, 0.0])
+
+
 # ---- equality cases
 
 
@@ -248,6 +252,10 @@ def test_the_frontier_is_the_least_loss_at_its_reward():
     others = tabular.softmax(best + rng.normal(size=(2000, 2, 4)) * 0.3)
     enough = tabular.mean_reward(others, reward, weights) >= target
     assert enough.sum() > 100 and np.all(tabular.sft_loss(others[enough], log_q, weights) >= least - 1e-12)
+    assert tabular.excess_loss(others[enough][0], log_q, reward, weights) == pytest.approx(
+        tabular.sft_loss(others[enough][0], log_q, weights)
+        - tabular.frontier(log_q, reward, weights, tabular.mean_reward(others[enough][0], reward, weights))[0]
+    )
     floor = tabular.mean_reward(log_q, reward, weights)
     at_q, none = tabular.frontier(log_q, reward, weights, floor)
     assert none == 0 and at_q == pytest.approx(tabular.sft_loss(log_q, log_q, weights))
