@@ -363,7 +363,8 @@ def joint_gap(log_p: Array, log_q: Array, reward: Array, lam: ArrayLike, weights
 def frontier(log_q: Array, reward: Array, weights: Array, target: ArrayLike) -> tuple[Array, Array]:
     """The least SFT loss of any policy with mean reward `target` >= R(q), and the λ whose joint optimum attains it.
 
-    `target` must be below the best mean reward. At R(q) itself the answer is the entropy of q, with λ = 0.
+    At R(q) itself the answer is the entropy of q, with λ = 0. The best mean reward takes an infinite λ: the answer
+    there is that for 1e-12 less.
     """
     log_q, reward = _fit(log_q=log_q, reward=_reward(reward))
     shape, flat = log_q.shape[:-2], (-1, *log_q.shape[-2:])
@@ -371,10 +372,11 @@ def frontier(log_q: Array, reward: Array, weights: Array, target: ArrayLike) -> 
     weights = np.broadcast_to(_weights(weights), (*shape, flat[1])).reshape(-1, flat[1])
     target = np.broadcast_to(np.asarray(target, dtype=float), shape).ravel()
     least, most = mean_reward(log_q, reward, weights), average(reward.max(-1), weights)
-    wrong = ~((target >= least - 1e-12) & ((target < most) | (target <= least + 1e-12)))
+    wrong = ~((target >= least - 1e-12) & (target <= most + 1e-12))
     if wrong.any():
         i = np.argmax(wrong)
-        raise ValueError(f"target={target[i]} is not from R(q)={least[i]} to below the best mean reward {most[i]}")
+        raise ValueError(f"target={target[i]} is not between R(q)={least[i]} and the best mean reward {most[i]}")
+    target = np.minimum(target, most - 1e-12 * np.maximum(1, np.abs(most)))
     [active] = np.nonzero(target > least + 1e-12)
     lam = np.zeros(target.shape)
 
@@ -389,12 +391,7 @@ def frontier(log_q: Array, reward: Array, weights: Array, target: ArrayLike) -> 
 
 def excess_loss(log_p: Array, log_q: Array, reward: Array, weights: Array) -> Array:
     """How far p lies above the frontier: its SFT loss less the least at its own mean reward, which is >= R(q)."""
-    earned = mean_reward(log_p, reward, weights)
-    top = average(_reward(reward).max(-1), weights)
-    # The frontier ends at the best mean reward, at infinite λ: stop short by what doubles resolve.
-    target = np.minimum(earned, top - 1e-12 * np.maximum(1, np.abs(top)))
-    floor = mean_reward(log_q, reward, weights)
-    least, _ = frontier(log_q, reward, weights, np.maximum(target, np.minimum(floor, earned + 1e-12)))
+    least, _ = frontier(log_q, reward, weights, mean_reward(log_p, reward, weights))
     return sft_loss(log_p, log_q, weights) - least
 
 
@@ -486,7 +483,7 @@ def grpo_fixed_point(log_pi: Array, success: Array, beta: ArrayLike, group_size:
         return group_weight(start[i] / (start[i] + (1 - start[i]) * np.exp(-eta)), group_size) / beta[i] - eta
 
     most = (group_size - 1) / np.sqrt(group_size) / beta[active]  # c_G is largest at a = 0 and 1
-    odds[active] = find_root(excess, (0 * most, most * (1 + 1e-9)), args=(active,)).x
+    odds[active] = find_root(excess, (0 * most, 2 * most), args=(active,)).x
     tilted = log_pi + odds.reshape(shape)[..., None] * success
     return tilted - logsumexp(tilted, axis=-1, keepdims=True)
 

@@ -84,3 +84,56 @@ def test_random_instances_repeat_and_differ_with_the_seed():
     one, again, other = (statements.random_instances(3, 2, 4, seed=seed) for seed in (0, 0, 1))
     assert np.array_equal(one.log_q, again.log_q) and not np.array_equal(one.log_q, other.log_q)
     assert one.log_p.shape == (3, 2, 4) and len(one) == 3 and len(one[:2]) == 2
+    values = {tuple(np.unique(reward)) for reward in statements.random_instances(30).reward}
+    assert {(-1.0, 1.0), (-1.0, -0.5, 0.0, 0.5, 1.0)} < values and max(map(len, values)) > 100
+
+
+def one_prompt(**policies):
+    """One instance of one prompt; what is not given is a fair coin, rewarded on its first side."""
+    logs = {name: tabular.log_probabilities([[p]]) for name, p in policies.items() if name.startswith("log_")}
+    size = max([array.shape[-1] for array in logs.values()], default=2)
+    coin = np.full((1, 1, size), -np.log(size))
+    reward = np.eye(1, size)[None] if "reward" not in policies else np.array([[policies["reward"]]], dtype=float)
+    names = ("log_q", "log_s", "log_pi", "log_p")
+    return Instances(
+        np.ones((1, 1)), *(logs.get(name, coin) for name in names), reward, np.array([policies.get("beta", 1.0)])
+    )
+
+
+def worst(statement, m):
+    return [check.worst for check in statement(m)]
+
+
+def test_bounds_are_attained_where_they_should_be():
+    # Half the mass moves from worst to best: TV is exact, and for short moves Pinsker nearly is.
+    near = worst(statements.reward_change_bounds, one_prompt(log_p=[0.501, 0.499]))
+    assert near == pytest.approx([0, 0], abs=1e-6)
+    # KL(p ‖ s) is finite and KL(s ‖ p) is not: the bound is on the first.
+    assert np.isfinite(worst(statements.reward_change_bounds, one_prompt(log_p=[1.0, 0.0]))[1])
+    # The whole spectrum is in the top eight: nothing is outside.
+    m = one_prompt(log_p=[0.2, 0.3, 0.5], log_q=[0.6, 0.3, 0.1])
+    assert worst(statements.spectral_bound, m)[1] == pytest.approx(0, abs=1e-7)
+    # A parabola, crossed to its other side.
+    m = one_prompt()
+    m = Instances(m.weights, *[np.full((1, 1, 1), -2.0)] * 4, np.ones((1, 1, 1)), m.beta)
+    assert worst(statements.strong_convexity, m) == pytest.approx([0], abs=1e-12)
+    # A fair coin has the extreme fourth cumulant: what is left of the bound is of sixth order.
+    m = one_prompt(reward=[-1.0, 1.0], beta=20.0)
+    assert worst(statements.sft_optimality, m)[2] == pytest.approx(0, abs=2e-9)
+
+
+def test_sequences_are_measured_where_they_are_said_to_end():
+    m = one_prompt(log_q=[0.2, 0.3, 0.5], reward=[1.0, 0.2, -1.0])
+    trained = tabular.gibbs(m.log_q, m.reward, 1.0)
+    ends = [trained, np.log(0.75 * np.exp(trained) + 0.25 * np.exp(m.log_q))]
+    excess = [tabular.excess_loss(log_p, m.log_q, m.reward, m.weights)[0] for log_p in ends]
+    assert worst(statements.sequential_endpoints, m) == pytest.approx(excess) and min(excess) > 1e-3
+
+
+def test_the_table_has_a_row_a_line_and_numbers_to_two_digits():
+    m = statements.random_instances(3, 2, 4)
+    one, two = (statements.table(m, *STATEMENTS[:count]) for count in (1, 2))
+    checks = statements.results(STATEMENTS[0], m)
+    assert list(one.index) == [check.line for check in checks] and one["holds"].all()
+    assert [float(worst) for worst in one["worst"]] == pytest.approx([check.worst for check in checks], rel=0.05)
+    assert list(two.loc["cross_entropy"].index) == list(one.index) and "gibbs_optimum" in two.index

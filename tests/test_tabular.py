@@ -256,6 +256,8 @@ def test_the_frontier_is_the_least_loss_at_its_reward():
         tabular.sft_loss(others[enough][0], log_q, weights)
         - tabular.frontier(log_q, reward, weights, tabular.mean_reward(others[enough][0], reward, weights))[0]
     )
+    top = tabular.average(reward.max(-1), weights)
+    assert 20 < tabular.frontier(log_q, reward, weights, top)[0] < np.inf
     floor = tabular.mean_reward(log_q, reward, weights)
     at_q, none = tabular.frontier(log_q, reward, weights, floor)
     assert none == 0 and at_q == pytest.approx(tabular.sft_loss(log_q, log_q, weights))
@@ -376,8 +378,11 @@ P, R = HALF, np.array([[1.0, -1.0]])
         ),
         (lambda: tabular.grpo_fixed_point(P, R > 0, 0.0, 8), "beta=0.0 is not above 0"),
         (lambda: tabular.optimal_duration(P, R, ONE, 0.0), "lam=0.0 is not above 0"),
-        (lambda: tabular.frontier(P, R, ONE, 1.0), r"target=1.0 is not from R\(q\)=0.0 to below .* 1.0"),
-        (lambda: tabular.frontier(P, R, ONE, -0.5), "target=-0.5 is not from"),
+        (
+            lambda: tabular.frontier(P, R, ONE, 1.1),
+            r"target=1.1 is not between R\(q\)=0.0 and the best mean reward 1.0",
+        ),
+        (lambda: tabular.frontier(P, R, ONE, -0.5), "target=-0.5 is not between"),
         (lambda: tabular.interleaved(P, R, 1.0, 0.0), "alpha=0.0 is not above 0 and at most 1"),
         (lambda: tabular.reward_flow(logs([1.0, 0.0]), R, ONE, 1.0), "log_s holds a probability of zero"),
     ],
