@@ -542,9 +542,8 @@ def grpo_update(m: Instances) -> list[Check]:
         ("none", m.reward, (first - second) / 2),
         ("group", success, np.sign(success[..., :, None] - success[..., None, :]) / np.sqrt(2)),
     ):
-        # E over pairs of ½ Σ A ∇log p: the pair's two terms are equal in expectation.
-        mass = (p[..., :, None] * p[..., None, :] * advantage).sum(-1)
-        update = m.weights[..., None] * (mass - p * mass.sum(-1, keepdims=True))
+        # E over pairs of ½ Σ A ∇log p. Its two terms are equal in expectation, and A sums to zero: no −p is left.
+        update = m.weights[..., None] * (p[..., :, None] * p[..., None, :] * advantage).sum(-1)
         name = "means subtracted: (1 − 1/G) ∇R" if scale == "none" else "divided by the spread: c_G(a) ∇a"
         lines.append(identity(f"{name}, G = 2", tabular.grpo_gradient(m.log_p, reward, m.weights, 2, scale), update))
     return lines
@@ -571,7 +570,7 @@ def clipped_surrogate(m: Instances, epsilon: float = 0.2) -> list[Check]:
     plain = average(expectation(m.log_p, advantage), m.weights)
     ceiling = epsilon * average(expectation(m.log_s, np.abs(advantage)), m.weights)
     with np.errstate(over="ignore"):
-        farthest = np.abs(np.exp(m.log_p - m.log_s) - 1).max((-2, -1))
+        farthest = np.abs(np.expm1(m.log_p - m.log_s)).max((-2, -1))
     near = tabular.mixture(m.log_s, m.log_p, np.minimum(0.5, 0.99 * epsilon / np.maximum(farthest, 1e-9)))
     here = tabular.clipped_surrogate(near, m.log_s, advantage, epsilon, m.weights)
     return [
@@ -582,15 +581,26 @@ def clipped_surrogate(m: Instances, epsilon: float = 0.2) -> list[Check]:
 
 
 def grpo_kl_term(m: Instances) -> list[Check]:
-    p, pi, rho = np.exp(m.log_p), np.exp(m.log_pi), m.weights[..., None]
-    # ∇ of the loss k3 = π/p − 1 − log(π/p) through p alone is (1 − π/p) ∇log p, averaged under p.
-    slope = p - pi
-    as_loss = rho * (slope - p * slope.sum(-1, keepdims=True))
+    def k3(t):  # on samples from p, along θ + t r: the samples' masses, and the estimator
+        log_p = m.log_p + t * m.reward - _log_partition(m.log_p, m.reward, t)[..., None]
+        return log_p, m.log_pi - log_p
+
+    def as_loss(t):
+        log_p, gap = k3(t)
+        return (m.weights * (np.exp(m.log_p + gap) - np.exp(m.log_p) * (gap + 1)).sum(-1)).sum(-1)
+
+    def with_ratio(t):
+        log_p, gap = k3(t)
+        return (m.weights * (np.exp(log_p + gap) - np.exp(log_p) * (gap + 1)).sum(-1)).sum(-1)
+
+    forward_slope = (tabular.sft_gradient(m.log_p, m.log_pi, m.weights) * m.reward).sum((-2, -1))
+    reverse_slope = (tabular.kl_gradient(m.log_p, m.log_pi, m.weights) * m.reward).sum((-2, -1))
     forward = tabular.joint_optimum(m.log_pi, m.reward, m.eta)
     reverse = tabular.gibbs(m.log_pi, m.reward, m.eta)
     scale = m.beta[:, None, None]
     return [
-        identity("k3 as a loss: ∇KL(π ‖ p)", as_loss, tabular.sft_gradient(m.log_p, m.log_pi, m.weights)),
+        identity("k3 as a loss: ∇KL(π ‖ p)", _derivative(as_loss, 0.0), forward_slope),
+        identity("ratio × k3: ∇KL(p ‖ π)", _derivative(with_ratio, 0.0), reverse_slope),
         identity(
             "k3 as a loss: at rest at π / (1 + (R − r)/β)",
             tabular.reward_gradient(forward, m.reward, m.weights),
