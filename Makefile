@@ -8,7 +8,7 @@ NBSTRIPOUT := $(BIN)/nbstripout --keep-id --extra-keys \
 	"metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.widgets"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test mutants lint format lock base results clean
+.PHONY: help setup book test mutants bench lint format lock base results clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -44,6 +44,9 @@ test: setup  ## run all tests with coverage
 
 mutants: setup  ## break every public function of the theory and name the test that notices (minutes)
 	@$(BIN)/python tests/mutants.py
+
+bench: setup  ## time the trainers beside plain TRL into _build/bench.json (CASES="grpo sft eval start-up")
+	@$(BIN)/python tests/bench/bench.py $(CASES)
 
 lint: setup  ## check style, and that notebooks hold no outputs
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(NBSTRIPOUT) --verify notebooks/*.ipynb

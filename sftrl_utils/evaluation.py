@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ import pandas as pd
 import torch
 from scipy.special import rel_entr, xlogy
 from sklearn.metrics import matthews_corrcoef
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sftrl_utils.corpora import ANSWERS, Corpus, answer_texts, prompt_texts, response_text
 
@@ -40,8 +41,9 @@ def score_responses(
 ) -> ResponseScores:
     """Score `responses[i]` (R strings, special tokens written out) as continuations of `prompts[i]`.
 
-    Each prompt is encoded once; its key/value cache is expanded over its responses. Prompts of similar
-    length share a batch. Left padding, explicit position ids: the result does not depend on the batch.
+    Each prompt is encoded once, what a batch of prompts begin with once a batch; the key/value cache is expanded
+    over the responses. Prompts of similar length share a batch. Left padding, explicit position ids: the result
+    does not depend on the batch.
     """
     was_training = model.training
     model.eval()
@@ -61,23 +63,32 @@ def score_responses(
 
 def _score_batch(model, tokenizer, prompts, responses, per_prompt):
     """Log-probability, length and greediness of each of the `len(prompts) * per_prompt` responses."""
-    prompt = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    rows = tokenizer(prompts)["input_ids"]
+    shared = len(os.path.commonprefix(rows)) if len(rows) > 1 else 0
+    shared = min(shared, min(map(len, rows)) - 1)  # the template and the question: encoded once
+    cache = DynamicCache(config=model.config.get_text_config())
+    if shared > 0:
+        model.base_model(torch.tensor([rows[0][:shared]], device=model.device), past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(rows))
+    prompt = tokenizer.pad({"input_ids": [row[shared:] for row in rows]}, padding_side="left", return_tensors="pt")
+    prompt = prompt.to(model.device)
     answer = tokenizer(responses, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False).to(
         model.device
     )
-    positions = (prompt["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    mask = torch.cat([torch.ones(len(rows), shared, dtype=torch.long).to(model.device), prompt["attention_mask"]], 1)
+    positions = shared + (prompt["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     encoded = model(
         input_ids=prompt["input_ids"],
-        attention_mask=prompt["attention_mask"],
+        attention_mask=mask,
         position_ids=positions,
+        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     )
     first = encoded.logits.repeat_interleave(per_prompt, dim=0)
-    cache = encoded.past_key_values
     cache.batch_repeat_interleave(per_prompt)
     width = answer["input_ids"].shape[1]
-    prompt_mask = prompt["attention_mask"].repeat_interleave(per_prompt, dim=0)
+    prompt_mask = mask.repeat_interleave(per_prompt, dim=0)
     prompt_end = positions[:, -1:].repeat_interleave(per_prompt, dim=0)
     rest = model(
         input_ids=answer["input_ids"][:, :-1],

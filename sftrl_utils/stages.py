@@ -20,12 +20,12 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sftrl_utils import corpora, evaluation, grammar, lexicon, models, records, rewards, training
+from sftrl_utils import corpora, evaluation, grammar, lexicon, models, prefix_sharing, records, rewards, training
 from sftrl_utils.config import InputError, RunConfig
 from sftrl_utils.evaluation import Evaluator
 from sftrl_utils.records import RunRecord
 
-RESULT_MODULES = (lexicon, grammar, corpora, models, rewards, evaluation, training)
+RESULT_MODULES = (lexicon, grammar, corpora, models, rewards, evaluation, prefix_sharing, training)
 RESULT_SETTINGS = {
     "sft": ("sft_steps", "sft_learning_rate"),
     "grpo": ("rl_steps", "rl_learning_rate", "beta", "group_size", "loss_type"),

@@ -16,12 +16,13 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import GRPOConfig, SFTConfig
 
 from sftrl_utils import models
 from sftrl_utils.config import InputError, RunConfig
 from sftrl_utils.corpora import ANSWERS, Corpus, response_text, rl_dataset, sft_dataset
 from sftrl_utils.evaluation import Evaluator
+from sftrl_utils.prefix_sharing import PrefixSharingGRPOTrainer, PrefixSharingSFTTrainer
 from sftrl_utils.rewards import verifier
 
 
@@ -44,6 +45,7 @@ def sft_config(config: RunConfig, seed: int, output_dir: str) -> SFTConfig:
         completion_only_loss=True,  # the prompt is given, not learned: L_SFT is over the response
         loss_type="nll",  # the plain cross-entropy of Eq. (sft-loss)
         packing=False,  # one row is one response, so a step is `batch_size` responses
+        train_sampling_strategy="group_by_length",  # rows of similar length share a batch: little padding
         max_length=None,  # every prompt is short; TRL would cut at 1,024
         **_common(seed, output_dir),
     )
@@ -119,7 +121,7 @@ def train(
         watcher = _Watcher(evaluator, steps, config.evaluations, f"{kind}, seed {config.seed}")
         if kind == "sft":
             settings = sft_config(config, seed, scratch)
-            trainer = SFTTrainer(
+            trainer = PrefixSharingSFTTrainer(
                 model,
                 settings,
                 train_dataset=sft_dataset(tokenizer, frame, style),
@@ -131,7 +133,7 @@ def train(
                 models.save(model, tokenizer, Path(scratch, "start"))
                 model.config._name_or_path = str(Path(scratch, "start"))
             settings = grpo_config(config, seed, scratch, longest_response(tokenizer, frame, style) + 2)
-            trainer = GRPOTrainer(
+            trainer = PrefixSharingGRPOTrainer(
                 model,
                 verifier(style),
                 settings,

@@ -216,7 +216,7 @@ def test_pages_show_outputs_source_code_and_the_last_run(built):
     for copy in copies:
         page = (root / "_build" / "html" / "notebooks" / f"{copy.stem}.html").read_text(encoding="utf-8")
         assert "Last run" in page and "preset <code" in page
-        assert re.search(r'<span class="nf">(sft_config|grpo_config|train_stage)</span>', page)
+        assert re.search(r'<span class="nf">(sft_config|grpo_config|train_stage|gibbs_optimum)</span>', page)
         assert "injected" not in page and "{glue" not in page and str(root) not in page
 
 

@@ -20,7 +20,7 @@ ROWS = [
     {"claims", "figures"},
     {"stages"},
     {"training", "pretraining"},
-    {"evaluation", "rewards"},
+    {"evaluation", "rewards", "prefix_sharing"},
     {"corpora", "models"},
     {"statements", "counterexamples"},
     {"grammar", "tabular"},

@@ -1,0 +1,217 @@
+"""TRL's trainers, encoding once what the sequences of a batch share; three of their methods are replaced.
+
+The completions of a GRPO group share their prompt. TRL encodes it once a completion, to sample and again to take the
+gradient. Here each distinct prompt of a batch is encoded once, and its key/value cache is handed to its completions,
+with its gradient. In SFT all prompts share their first tokens, the chat template and the question: they are encoded
+once a batch. Losses, metrics, logging, checkpoints and resuming are TRL's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from trl import GRPOTrainer, SFTTrainer
+from trl.trainer import utils as trl_utils
+from trl.trainer.utils import pad
+
+
+def common_prefix(input_ids: Tensor, attention_mask: Tensor) -> int:
+    """Number of leading tokens that all rows share, at least one token of each row left over."""
+    same = (input_ids == input_ids[0]) & attention_mask.bool()
+    shared = int(same.all(0).long().cumprod(0).sum())
+    return max(0, min(shared, int(attention_mask.sum(1).min()) - 1))
+
+
+@contextmanager
+def scored_positions_only() -> Iterator[None]:
+    """Let TRL's fused head project only the positions that are scored, on every device.
+
+    Without Triton it projects all of them, to spare compilers a new shape a batch; on a CPU nothing is compiled.
+    """
+    with mock.patch.object(trl_utils, "_use_triton", return_value=True):
+        yield
+
+
+class PrefixSharingSFTTrainer(SFTTrainer):
+    """`SFTTrainer` that encodes the prompts' common prefix once a batch; takes the same arguments.
+
+    `shared_prefix=False` gives plain TRL, and so do settings under which sharing would not be exact.
+    """
+
+    def __init__(self, *args, shared_prefix: bool = True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.shared_prefix = _settled(shared_prefix, _obstacles(self))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss and metrics, computed from what follows the common prefix."""
+        shared = common_prefix(inputs["input_ids"], inputs["attention_mask"]) if self.shared_prefix else 0
+        # A supervised token must not be in the prefix, nor come right after it: its prediction would be lost.
+        supervised = (inputs["labels"] != -100).any(0).nonzero()
+        shared = min(shared, int(supervised[0]) - 1 if len(supervised) else 0)
+        if shared < 1 or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        with self.accelerator.autocast():
+            model.base_model(input_ids=inputs["input_ids"][:1, :shared], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(inputs["input_ids"]))
+        rest = {name: inputs[name][:, shared:] for name in ("input_ids", "labels")}
+        inputs = {**inputs, **rest, "past_key_values": cache}
+        with scored_positions_only():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+class PrefixSharingGRPOTrainer(GRPOTrainer):
+    """`GRPOTrainer` that encodes each distinct prompt of a batch once; takes the same arguments.
+
+    `shared_prefix=False` gives plain TRL, and so does, with one warning, a setting under which sharing would not be
+    exact: several processes, gradient checkpointing, vLLM, continuous batching, a learned PEFT prompt,
+    sliding-window attention, images, tools, or a sampler beyond temperature, top-k and top-p.
+    """
+
+    def __init__(self, *args, shared_prefix: bool = True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.shared_prefix = _settled(shared_prefix, self._obstacles())
+        self._pad_id = self._tokenizer.pad_token_id
+        self._text_config = self.model.config.get_text_config()
+        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
+        if self.top_k:
+            self._warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(self.top_p))
+
+    def _obstacles(self) -> list[str]:
+        args = self.args
+        obstacles = {
+            "vLLM samples": self.use_vllm,
+            "continuous batching samples": self.use_transformers_continuous_batching,
+            "there are tools or a rollout function": bool(self.tools) or self.rollout_func is not None,
+            "the language-model head is cast": args.cast_lm_head_to_fp32,
+            "min_p or repetition_penalty is set": args.min_p is not None or args.repetition_penalty != 1.0,
+            "generation_kwargs is set": bool(args.generation_kwargs),
+        }
+        return [*_obstacles(self), *(reason for reason, applies in obstacles.items() if applies)]
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **others
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probabilities (and entropies) of the last `logits_to_keep` tokens of each row, each (rows, tokens)."""
+        if not self.shared_prefix or any(value not in (None, False) for value in others.values()):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
+            )
+        parts = [
+            self._score(model, ids, mask, logits_to_keep)
+            for ids, mask in zip(
+                input_ids.split(batch_size or len(input_ids)),
+                attention_mask.split(batch_size or len(input_ids)),
+                strict=True,
+            )
+        ]
+        logps, entropies = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return logps, entropies if compute_entropy else None, None
+
+    def _score(self, model, input_ids, attention_mask, n_tokens) -> tuple[Tensor, Tensor]:
+        prompts = input_ids[:, :-n_tokens].masked_fill(attention_mask[:, :-n_tokens] == 0, self._pad_id)
+        completions, scored = input_ids[:, -n_tokens:], attention_mask[:, -n_tokens:].bool()
+        keyed, rows = torch.stack([prompts, attention_mask[:, :-n_tokens]], -1).unique(dim=0, return_inverse=True)
+        cache = DynamicCache(config=self._text_config)
+        with self.accelerator.autocast():
+            logits = model(
+                input_ids=keyed[..., 0],
+                attention_mask=keyed[..., 1],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            first = torch.log_softmax(logits.float() / self.temperature, -1)
+            logps = [first[rows, completions[:, 0]].unsqueeze(1)]
+            entropies = [-(first.exp() * first).sum(-1)[rows].unsqueeze(1)]
+            if n_tokens > 1:
+                cache.batch_select_indices(rows)
+                rest = model(
+                    input_ids=completions[:, :-1],
+                    attention_mask=torch.cat([keyed[rows, :, 1], scored[:, :-1].to(attention_mask)], 1),
+                    past_key_values=cache,
+                    shift_labels=completions[:, 1:].masked_fill(~scored[:, 1:], -100),
+                    fused_lm_head=True,
+                )
+                logps.append(rest.log_probs)
+                entropies.append(rest.entropy if rest.entropy is not None else torch.zeros_like(rest.log_probs))
+        return torch.cat(logps, 1) * scored, torch.cat(entropies, 1) * scored
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        """Token ids of one sampled completion a prompt, each distinct prompt encoded once; no log-probabilities."""
+        if not self.shared_prefix or images or multimodal_fields:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        distinct = list(dict.fromkeys(map(tuple, prompt_ids)))
+        place = {prompt: row for row, prompt in enumerate(distinct)}
+        rows = torch.tensor([place[tuple(prompt)] for prompt in prompt_ids], device=self.accelerator.device)
+        tokens = [torch.tensor(prompt, device=rows.device) for prompt in distinct]
+        input_ids = pad(tokens, padding_value=self._pad_id, padding_side="left")
+        mask = pad([torch.ones_like(prompt) for prompt in tokens], padding_value=0, padding_side="left")
+        with torch.no_grad(), self.accelerator.autocast():
+            return self._sample(input_ids, mask, rows), None
+
+    def _sample(self, input_ids: Tensor, mask: Tensor, rows: Tensor) -> list[list[int]]:
+        """One completion for each entry of `rows`, an index into the prompts `input_ids`; EOS included."""
+        cache, sampled = DynamicCache(config=self._text_config), [[] for _ in rows]
+        ends = torch.tensor(self.eos_token_ids, device=rows.device)
+        logits = self.model(
+            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1][rows]
+        cache.batch_select_indices(rows)
+        mask, alive = mask[rows], torch.arange(len(rows), device=rows.device)
+        for step in range(self.max_completion_length):
+            scores = self._warpers(None, logits.float())
+            tokens = torch.multinomial(scores.softmax(-1), 1)
+            for row, token in zip(alive.tolist(), tokens[:, 0].tolist(), strict=True):
+                sampled[row].append(token)
+            [going] = torch.nonzero(~torch.isin(tokens[:, 0], ends), as_tuple=True)
+            if len(going) == 0 or step == self.max_completion_length - 1:
+                break
+            if len(going) < len(alive):  # what has ended costs nothing more
+                cache.batch_select_indices(going)
+                mask, alive, tokens = mask[going], alive[going], tokens[going]
+            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+            logits = self.model(
+                input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits[:, -1]
+        return sampled
+
+
+def _obstacles(trainer: SFTTrainer | GRPOTrainer) -> list[str]:
+    """Why encoding a prefix once would not be exact under this trainer's settings."""
+    args, config = trainer.args, trainer.model.config.get_text_config()
+    adapters = getattr(trainer.model, "peft_config", {}).values()
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    obstacles = {
+        "there are several processes": trainer.accelerator.num_processes > 1,  # DDP must see one forward pass
+        "activations are checkpointed": args.activation_checkpointing or trainer.model.is_activation_checkpointing,
+        "PEFT learns a prompt": any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters),
+        "attention has a sliding window": layers != {"full_attention"},
+        "prompts hold images": trainer._is_vlm,
+        "the router has a loss": trainer.aux_loss_enabled,
+        "sequences are packed": getattr(args, "packing", False) or getattr(args, "padding_free", False),
+    }
+    return [reason for reason, applies in obstacles.items() if applies]
+
+
+def _settled(wanted: bool, obstacles: list[str]) -> bool:
+    """Whether to share; says once why not, where it was wanted."""
+    if wanted and obstacles:
+        warnings.warn(f"no prefix is shared, this is plain TRL: {obstacles[0]}", stacklevel=3)
+    return wanted and not obstacles

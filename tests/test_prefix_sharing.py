@@ -1,0 +1,374 @@
+"""The prefix-sharing trainer against plain TRL: same numbers, same gradients, same samples in distribution."""
+
+import inspect
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chi2_contingency
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, set_seed
+from trl import GRPOConfig, GRPOTrainer, SFTTrainer
+
+from sftrl_utils import corpora, models, prefix_sharing, training
+from sftrl_utils.prefix_sharing import PrefixSharingGRPOTrainer, PrefixSharingSFTTrainer
+from sftrl_utils.rewards import verifier
+
+
+@pytest.fixture(scope="module")
+def make(small_config, tmp_path_factory):
+    """A trainer of the shipped base model; settings of `GRPOConfig` and of the model's config may be changed."""
+    corpus = corpora.load_corpus(small_config)
+
+    def trainer(shared_prefix=True, steps=3, beta=0.0, **settings):
+        model, tokenizer = models.load("embedded")
+        folder = tmp_path_factory.mktemp("grpo")
+        models.save(model, tokenizer, folder / "start")
+        model.config._name_or_path = str(folder / "start")
+        config = small_config.model_copy(update={"rl_steps": steps, "beta": beta})
+        arguments = training.grpo_config(config, 0, str(folder), settings.pop("max_completion_length", 4))
+        for name, value in settings.items():
+            setattr(arguments, name, value)
+        set_seed(0)
+        frame = corpus.splits["train"]
+        return PrefixSharingGRPOTrainer(
+            model, verifier("label"), arguments, train_dataset=corpora.rl_dataset(tokenizer, frame, "label"),
+            processing_class=tokenizer, shared_prefix=shared_prefix,
+        )  # fmt: skip
+
+    return trainer
+
+
+def batch_of(prompts, completions):
+    """Left-padded prompts and right-padded completions, as TRL makes them."""
+    width, length = max(map(len, prompts)), max(map(len, completions))
+    ids = torch.zeros(len(prompts), width + length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids[row, width - len(prompt) : width + len(completion)] = torch.tensor([*prompt, *completion])
+        mask[row, width - len(prompt) : width + len(completion)] = 1
+    return ids, mask, length
+
+
+SHORT, LONG = [11, 12, 13], [21, 22, 23, 24, 25, 26, 27]
+BATCHES = {
+    "ragged": ([SHORT, LONG, SHORT, LONG, LONG], [[31, 2], [32, 33, 34, 2], [35, 2], [36], [31, 32, 2]]),
+    "one prompt": ([LONG] * 4, [[31, 2], [32, 2], [33, 34], [31, 2]]),
+    "no shared prompt": ([SHORT, LONG], [[31, 2], [32, 33]]),
+    "one completion": ([LONG], [[31, 32, 33]]),
+    "one token": ([SHORT, SHORT, LONG], [[31], [32], [33]]),
+    "a prompt that ends another": ([SHORT, [1, *SHORT], SHORT], [[31, 2], [31, 2], [32, 2]]),
+}
+
+
+def scored(trainer, shared, batch, **options):
+    trainer.shared_prefix = shared
+    return trainer._get_per_token_logps_and_entropies(trainer.model, *batch, compute_entropy=True, **options)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_log_probabilities_entropies_and_gradients_are_plain_trl_s(make, name, batch_size):
+    trainer, batch = make(), batch_of(*BATCHES[name])
+    ours, plain = (scored(trainer, shared, batch, batch_size=batch_size) for shared in (True, False))
+    kept = batch[1][:, -batch[2] :].bool()
+    torch.manual_seed(0)
+    weights = torch.randn(kept.shape) * kept
+    gradients = []
+    for values in (ours, plain):
+        assert values[2] is None
+        loss = (values[0] * weights).sum()
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(trainer.model.parameters()))]))
+    for mine, theirs in zip(ours[:2], plain[:2], strict=True):
+        assert mine.shape == theirs.shape and (mine - theirs)[kept].abs().max() < 1e-4
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+
+
+def test_without_gradients_and_entropies_too(make):
+    trainer, batch = make(), batch_of(*BATCHES["ragged"])
+    trainer.shared_prefix = True
+    with torch.no_grad():
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(trainer.model, *batch)
+    assert entropies is None and not logps.requires_grad
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_the_loss_and_its_gradient_on_one_batch_are_plain_trl_s(make, beta):
+    trainer = make(beta=beta)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    if beta:
+        trainer.shared_prefix = False
+        batch = [torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], 1) for part in ("ids", "mask")]
+        with torch.no_grad():
+            plain, _, _ = trainer._get_per_token_logps_and_entropies(
+                trainer.ref_model, *batch, inputs["completion_ids"].size(1)
+            )
+        kept = inputs["completion_mask"].bool()
+        assert (plain - inputs["ref_per_token_logps"])[kept].abs().max() < 1e-4
+        inputs["ref_per_token_logps"] = plain + 0.3  # a reference elsewhere, or the KL term has no gradient
+    results = []
+    for shared in (True, False):
+        trainer.shared_prefix = shared
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        results.append((loss.item(), gradient))
+    (ours, mine), (plain, theirs) = results
+    assert ours == pytest.approx(plain, abs=1e-5)
+    assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_groups_of_one_are_sampled_and_scored(make):
+    trainer = make()
+    trainer.shared_prefix = True
+    sampled, logprobs = trainer._generate_single_turn([SHORT, LONG], None, {}, 1)
+    assert len(sampled) == 2 and logprobs is None
+
+
+def test_samples_have_plain_trl_s_distribution(make):
+    trainer = make(max_completion_length=3)
+    texts = trainer.train_dataset["prompt"][:2]
+    short, long = (trainer.processing_class(text)["input_ids"] for text in texts)
+    assert len(short) != len(long)
+    prompts = [short] * 1500 + [long] * 1500
+    counts = []
+    for shared in (True, False):
+        trainer.shared_prefix = shared
+        sampled, _ = trainer._generate_single_turn(prompts, None, {}, 1500)
+        assert all(1 <= len(ids) <= 3 for ids in sampled)
+        end = trainer.eos_token_ids
+        assert all(token not in end for ids in sampled for token in ids[:-1])
+        assert all(ids[-1] in end or len(ids) == 3 for ids in sampled)
+        counts.append([tuple(ids) for ids in sampled])
+    for half in (slice(0, 1500), slice(1500, None)):
+        ours, plain = (samples[half] for samples in counts)
+        common = [answer for answer in set(ours) | set(plain) if ours.count(answer) + plain.count(answer) >= 20]
+        table = np.array([[samples.count(answer) for answer in common] for samples in (ours, plain)])
+        table = np.c_[table, 1500 - table.sum(1)]
+        assert len(common) >= 2
+        assert chi2_contingency(table[:, table.sum(0) > 0]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0.5), ("top_k", 3), ("top_p", 0.5)])
+def test_sampling_settings_count(make, name, value):
+    trainer = make(**{name: value, "max_completion_length": 1})
+    assert trainer.shared_prefix
+    prompt = trainer.processing_class(trainer.train_dataset["prompt"][0])["input_ids"]
+    sampled, _ = trainer._generate_single_turn([prompt] * 2000, None, {}, 2000)
+    with torch.no_grad():
+        logits = trainer.model(input_ids=torch.tensor([prompt])).logits[0, -1]
+    for warper in trainer._warpers:
+        logits = warper(None, logits[None])[0]
+    shares = torch.bincount(torch.tensor([ids[0] for ids in sampled]), minlength=len(logits)) / 2000
+    assert (shares - logits.softmax(-1)).abs().max() < 0.05
+    plain = torch.log_softmax(trainer.model(input_ids=torch.tensor([LONG])).logits[0, -1] / trainer.temperature, -1)
+    ours, _, _ = scored(trainer, True, batch_of([LONG], [[31]]))
+    assert ours[0, 0].item() == pytest.approx(plain[31].item(), abs=1e-4)  # as TRL: temperature, not top-k or top-p
+
+
+def test_training_keeps_trl_s_logs_and_learns(make):
+    logs = []
+    for shared in (True, False):
+        trainer = make(shared, steps=3)
+        trainer.train()
+        logs.append([set(entry) for entry in trainer.state.log_history])
+        assert trainer.state.global_step == 3
+    assert logs[0] == logs[1]
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(make, tmp_path):
+    whole = make(steps=4)
+    whole.train()
+    half = make(steps=2, save_strategy="steps", save_steps=2, output_dir=str(tmp_path))
+    half.train()
+    rest = make(steps=4, output_dir=str(tmp_path))
+    rest.train(resume_from_checkpoint=True)
+    for ours, theirs in zip(rest.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: setattr(t.args, "activation_checkpointing", True), "activations are checkpointed"),
+        (lambda t: setattr(t, "use_vllm", True), "vLLM"),
+        (lambda t: setattr(t, "use_transformers_continuous_batching", True), "continuous batching"),
+        (lambda t: setattr(t.model.config, "layer_types", ["sliding_attention"] * 3), "sliding window"),
+        (lambda t: setattr(t.model, "peft_config", {"x": type("P", (), {"is_prompt_learning": True})}), "PEFT"),
+        (lambda t: setattr(t, "_is_vlm", True), "images"),
+        (lambda t: setattr(t, "tools", ["search"]), "tools"),
+        (lambda t: setattr(t.args, "min_p", 0.1), "min_p"),
+        (lambda t: setattr(t.args, "generation_kwargs", {"num_beams": 2}), "generation_kwargs"),
+        (lambda t: setattr(t.args, "cast_lm_head_to_fp32", True), "head is cast"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_sharing_says_why_it_would_not_be_exact(make, change, reason):
+    trainer = make()
+    assert trainer._obstacles() == []
+    change(trainer)
+    assert any(reason in obstacle for obstacle in trainer._obstacles())
+
+
+def test_one_warning_and_plain_trl_where_it_would_not_be_exact(make):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make(min_p=0.01, steps=1)
+    said = [str(warning.message) for warning in caught if "plain TRL" in str(warning.message)]
+    assert len(said) == 1 and "min_p" in said[0] and not trainer.shared_prefix
+    trainer.train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert not make(shared_prefix=False).shared_prefix
+    assert not [warning for warning in caught if "plain TRL" in str(warning.message)]
+
+
+def test_a_sliding_window_is_seen_in_a_real_configuration():
+    config = Qwen3Config(
+        num_hidden_layers=2, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=8, vocab_size=64, use_sliding_window=True, sliding_window=4, max_window_layers=0,
+    )  # fmt: skip
+    assert "sliding_attention" in Qwen3ForCausalLM(config).config.layer_types
+
+
+PARAMETERS = {
+    "_get_per_token_logps_and_entropies": [
+        *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"),
+        *("compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask"),
+        *("spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
+    ],
+    "_generate_single_turn": [
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ],
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+}
+
+
+@pytest.mark.parametrize("method", PARAMETERS)
+def test_the_methods_we_replace_are_still_trl_s(method):
+    """Fails by name when TRL moves: read its new method, then change `prefix_sharing` and this list."""
+    trainer = SFTTrainer if method == "compute_loss" else GRPOTrainer
+    theirs = list(inspect.signature(getattr(trainer, method)).parameters)
+    gone, new = set(PARAMETERS[method]) - set(theirs), set(theirs) - set(PARAMETERS[method])
+    assert theirs == PARAMETERS[method], f"{trainer.__name__}.{method}: gone {sorted(gone)}, new {sorted(new)}"
+
+
+def test_what_else_we_lean_on_is_still_there():
+    assert {"temperature", "top_p", "top_k", "min_p", "generation_kwargs", "cast_lm_head_to_fp32"} <= set(
+        GRPOConfig.__dataclass_fields__
+    )
+    assert callable(DynamicCache.batch_select_indices) and callable(DynamicCache.batch_repeat_interleave)
+    assert callable(prefix_sharing.pad)
+    head = inspect.getsource(prefix_sharing.trl_utils.add_fused_lm_head)
+    assert "compact = _use_triton(" in head and "shift_labels" in head, "TRL's fused head has changed"
+    source = inspect.getsource(GRPOTrainer)
+    for name in ("self._tokenizer", "self.eos_token_ids", "self.aux_loss_enabled", "self._is_vlm", "self.rollout_func"):
+        assert name in source, f"GRPOTrainer has no {name} any more"
+
+
+# ---- SFT
+
+
+@pytest.fixture(scope="module")
+def make_sft(small_config, tmp_path_factory):
+    corpus = corpora.load_corpus(small_config)
+
+    def trainer(shared_prefix=True, steps=3):
+        model, tokenizer = models.load("embedded")
+        config = small_config.model_copy(update={"sft_steps": steps})
+        arguments = training.sft_config(config, 0, str(tmp_path_factory.mktemp("sft")))
+        set_seed(0)
+        data = corpora.sft_dataset(tokenizer, corpus.splits["train"], "label")
+        return PrefixSharingSFTTrainer(
+            model, arguments, train_dataset=data, processing_class=tokenizer, shared_prefix=shared_prefix
+        )
+
+    return trainer
+
+
+def sft_batch(prompts, completions):
+    """Right-padded rows with labels on the completions, as TRL makes them."""
+    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+    batch = {name: torch.full((len(prompts), width), fill) for name, fill in (("input_ids", 0), ("labels", -100))}
+    batch["attention_mask"] = torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        end = len(prompt) + len(completion)
+        batch["input_ids"][row, :end] = torch.tensor([*prompt, *completion])
+        batch["labels"][row, len(prompt) : end] = torch.tensor(completion)
+        batch["attention_mask"][row, :end] = 1
+    return batch
+
+
+TEMPLATE = [5, 6, 7, 8, 9]
+SFT_BATCHES = {
+    "a template": ([TEMPLATE + SHORT, TEMPLATE + LONG, TEMPLATE + [14]], [[31, 2], [32, 33, 2], [31, 2]]),
+    "the same prompt": ([TEMPLATE] * 3, [[31, 2], [32, 2], [31, 33, 2]]),
+    "the same row": ([TEMPLATE] * 2, [[31, 2]] * 2),
+    "nothing in common": ([SHORT, LONG], [[31, 2], [32, 2]]),
+    "one row": ([TEMPLATE], [[31, 2]]),
+    "a prompt of one token": ([[5], [5]], [[31, 2], [32]]),
+}
+
+
+@pytest.mark.parametrize("name", SFT_BATCHES)
+@pytest.mark.parametrize("items", [None, 7])
+def test_the_sft_loss_metrics_and_gradient_are_plain_trl_s(make_sft, name, items):
+    trainer, results = make_sft(), []
+    trainer.model.train()
+    for shared in (True, False):
+        trainer.shared_prefix = shared
+        trainer._metrics["train"].clear()
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, sft_batch(*SFT_BATCHES[name]), num_items_in_batch=items)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        results.append((loss.item(), gradient, {k: v[-1] for k, v in trainer._metrics["train"].items()}))
+    (ours, mine, logged), (plain, theirs, expected) = results
+    assert ours == pytest.approx(plain, abs=1e-5)
+    assert (mine - theirs).norm() < 1e-4 * theirs.norm()
+    tokens = {name: metrics.pop("num_tokens") for name, metrics in (("ours", logged), ("plain", expected))}
+    assert logged == pytest.approx(expected, abs=1e-5)
+    seen = sft_batch(*SFT_BATCHES[name])["attention_mask"].sum().item()
+    assert tokens["plain"] - tokens["ours"] == pytest.approx(seen)  # counted once each
+
+
+@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_size=1, max_size=4))
+def test_the_common_prefix_is_the_longest_that_leaves_a_token(rows):
+    batch = sft_batch(rows, [[] for _ in rows])
+    shared = prefix_sharing.common_prefix(batch["input_ids"], batch["attention_mask"])
+    expected = max(n for n in range(min(map(len, rows))) if all(row[:n] == rows[0][:n] for row in rows))
+    assert shared == expected
+
+
+def test_sft_learns_the_same_from_the_same_seed(make_sft):
+    ends = []
+    for shared in (True, False):
+        trainer = make_sft(shared, steps=5)
+        trainer.train()
+        ends.append((torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), trainer.state.log_history))
+    (ours, logs), (plain, theirs) = ends
+    assert (ours - plain).norm() < 1e-3 * plain.norm()
+    for mine, other in zip(logs, theirs, strict=True):
+        assert set(mine) == set(other) and mine.get("loss") == pytest.approx(other.get("loss"), abs=1e-3)
+
+
+def test_training_uses_both_by_default(sft_then_rl, monkeypatch, small_config, tmp_path):
+    from sftrl_utils import stages
+
+    made = []
+    for trainer in (PrefixSharingSFTTrainer, PrefixSharingGRPOTrainer):
+        original = trainer.train
+        monkeypatch.setattr(trainer, "train", lambda self, original=original: (made.append(self), original(self))[1])
+    stages.train_pipeline(
+        small_config.model_copy(update={"out_dir": tmp_path, "sft_steps": 1, "rl_steps": 1}), "sft_then_rl"
+    )
+    assert [type(trainer) for trainer in made] == [PrefixSharingSFTTrainer, PrefixSharingGRPOTrainer]
+    assert all(trainer.shared_prefix for trainer in made)
