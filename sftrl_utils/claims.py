@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +68,20 @@ def change_intervals(
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
     table.index = pd.MultiIndex.from_tuples(table.index, names=["second stage", "metric"])
     return table
+
+
+def benchmark() -> pd.DataFrame:
+    """Published rows of `make bench`, one a device and case: seconds, ratios to plain TRL, memory in MB."""
+    files = sorted((published_results() / "bench").glob("*.json"))
+    rows = [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))]
+    return pd.DataFrame(rows).set_index(["device", "case"])
+
+
+def step_seconds(table: pd.DataFrame) -> pd.DataFrame:
+    """GRPO rows of `benchmark` as columns device, model, prompt_tokens, group_size, trainer and seconds a step."""
+    cases = table.index.get_level_values("case").str.extract(r"grpo, (\w+), (\d+) \+ 2, G = (\d+)")
+    cases.columns = ["model", "prompt_tokens", "group_size"]
+    long = table.reset_index("device")[["device", "ours_s", "trl_tuned_s"]].reset_index(drop=True).join(cases).dropna()
+    long = long.astype({"prompt_tokens": int, "group_size": int})
+    long = long.rename(columns={"ours_s": "prefix shared", "trl_tuned_s": "tuned TRL"})
+    return long.melt(["device", *cases.columns], var_name="trainer", value_name="seconds")

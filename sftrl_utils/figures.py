@@ -173,6 +173,26 @@ def grpo_at_rest(start: float, betas: np.ndarray, group_size: int) -> Figure:
     return figure
 
 
+def step_costs(seconds: pd.DataFrame, model: str) -> Figure:
+    """Seconds a GRPO step over group size (left) and prompt length (right), with the slope of each straight line.
+
+    `seconds` is one device's part of `claims.step_seconds`.
+    """
+    use_style()
+    figure, axes = plt.subplots(1, 2, figsize=(10.4, 3.6))
+    names = {"group_size": "completions a prompt", "prompt_tokens": "tokens a prompt"}
+    rows = seconds[seconds["model"] == model]
+    for axis, name, held in zip(axes, names, reversed(names), strict=True):
+        fixed = rows[held].mode().min()
+        for trainer, part in rows[rows[held] == fixed].sort_values(name).groupby("trainer"):
+            slope = np.polyfit(part[name], part["seconds"], 1)[0]
+            axis.plot(part[name], part["seconds"], "o-", label=f"{trainer}: {1000 * slope:.2g} ms each")
+        axis.set(xlabel=names[name], ylabel="seconds a step", ylim=(0, None), title=f"{fixed} {names[held]}")
+        axis.legend(title=None)
+    plt.close(figure)
+    return figure
+
+
 def _joined(stages: list[Stage]) -> tuple[pd.DataFrame, list[int]]:
     """Metrics of successive stages on one step axis, and the steps at which one stage follows another."""
     tables, boundaries, offset = [], [], 0

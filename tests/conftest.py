@@ -1,11 +1,14 @@
 """Shared fixtures: one store of small trained stages, made once for the whole session."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers share two cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub
 
+import nbformat
 import pytest
 
 from sftrl_utils import models, stages
@@ -50,3 +53,16 @@ def cola_dir() -> Path:
     if not folder:
         pytest.skip("needs CoLA's public TSV files: set SFTRL_COLA_DIR to their folder")
     return Path(folder)
+
+
+def papermill(notebook, folder, parameters, **options):
+    """Run papermill as a user does: its command line, from `folder`."""
+    output = folder / f"{notebook.stem}.ipynb"
+    command = [sys.executable, "-m", "papermill", str(notebook), str(output), "--no-progress-bar"]
+    for name, value in parameters.items():
+        command += ["-p", name, str(value)]
+    return output, subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, **options)
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]

@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+from conftest import code_cells, papermill
 
 from sftrl_utils import records, statements
 
@@ -20,24 +19,12 @@ LEAVES = {
     "03_grpo": {"grpo"},
     "04_sft_then_rl": {"sft", "sft_then_rl"},
     "05_rl_then_sft": {"grpo", "rl_then_sft"},
+    "08_costs": set(),
 }
 PARAMETERS = {
     "label": {"preset": "smoke", "model": "embedded", "seed": 1},
     "rationale": {"preset": "smoke", "response_style": "rationale", "beta": 0.05, "group_size": 2, "seed": 2},
 }
-
-
-def papermill(notebook, folder, parameters, **options):
-    """Run papermill as a user does: its command line, from `folder`."""
-    output = folder / f"{notebook.stem}.ipynb"
-    command = [sys.executable, "-m", "papermill", str(notebook), str(output), "--no-progress-bar"]
-    for name, value in parameters.items():
-        command += ["-p", name, str(value)]
-    return output, subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, **options)
-
-
-def code_cells(path):
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
 @pytest.fixture(scope="module")
@@ -102,24 +89,6 @@ def test_a_notebook_run_again_from_an_empty_store_gives_identical_metrics(execut
     for stage in again:
         first = records.read_metrics(folder / "runs" / stage.name)
         pd.testing.assert_frame_equal(records.read_metrics(stage), first, check_exact=True)
-
-
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [  # a wrong setting, a missing file, a wrong folder: other values of each in test_config and test_stages
-        ({"preset": "smoke", "bata": 1}, "bata=1 is not a parameter"),
-        ({"preset": "smoke", "model": "./nowhere"}, "model='./nowhere' is neither"),
-        ({"preset": "smoke", "out_dir": "/dev/null/runs"}, "out_dir='/dev/null/runs' cannot be written to"),
-    ],
-    ids=["setting", "model", "folder"],
-)
-def test_bad_input_ends_a_notebook_with_one_line_before_training(parameters, message, tmp_path):
-    output, run = papermill(NOTEBOOKS["02_sft"], tmp_path, parameters)
-    assert run.returncode != 0
-    [error] = [out for cell in code_cells(output) for out in cell.outputs if out.output_type == "error"]
-    assert error.ename == "InputError" and message in error.evalue
-    assert error.traceback == [f"InputError: {error.evalue}"] and "\n" not in error.evalue
-    assert not (tmp_path / "runs").exists() or records.finished_stages(tmp_path / "runs") == []
 
 
 @pytest.mark.parametrize("notebook", LEAVES)

@@ -106,21 +106,6 @@ def start_up() -> dict:
     }
 
 
-def page(rows: list[dict]) -> str:
-    """The Markdown table of *What it costs* for one device's rows."""
-    lines = ["| case | ours | tuned TRL | TRL's defaults | ratio to tuned | by token count | peak memory, ours / TRL |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for row in rows:
-        spread = f" ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})" if row["repeats"] > 1 else ""
-        memory = f"{row['peak_rss_ours_mb']:.0f} / {row['peak_rss_plain_mb']:.0f} MB" if row["peak_rss_ours_mb"] else ""
-        default = f"{row['trl_default_s']:.2f} s" if row["trl_default_s"] else ""
-        floor = f"{row['floor_ratio']:.1f}" if row["floor_ratio"] else ""
-        cells = [row["case"], f"{row['ours_s']:.2f} s", f"{row['trl_tuned_s']:.2f} s", default]
-        cells += [f"{row['ratio']:.2f}{spread}", floor, memory]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="grpo, sft, eval, start-up, or the beginning of a case's name")
