@@ -103,7 +103,9 @@ def killer(module: str, function: str, source: str) -> str | None:
 def main() -> int:
     jobs = [(module, *mutant) for module in MODULES for mutant in mutants(module, set(sys.argv[1:]))]
     survivors = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ) as pool:
         killers = pool.map(lambda job: killer(job[0], job[1], job[-1]), jobs)
         for (module, function, kind, line, _), name in zip(jobs, killers, strict=True):
             survivors += name is None
