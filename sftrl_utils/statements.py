@@ -371,7 +371,7 @@ def rl_flow_bounds(m: Instances, time: float = 3.0) -> list[Check]:
 
 
 def quadratic_duration(m: Instances) -> list[Check]:
-    gradient, start, factor = m.reward[:, 0], m.log_s[:, 0], m.log_p[:, : m.log_p.shape[-1]]
+    gradient, start, factor = m.reward[:, 0], np.exp(m.log_s[:, 0]), np.exp(m.log_p[:, : m.log_p.shape[-1]])
     hessian = np.einsum("nki,nkj->nij", factor, factor) + np.eye(factor.shape[-1])
     lam = m.beta / 100
     best = tabular.quadratic_duration(gradient, hessian, start, lam)

@@ -54,7 +54,7 @@ def test_the_anchor_is_the_policy_in_memory_not_the_checkpoint_it_came_from(monk
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr(training, "GRPOTrainer", Kept)
+    monkeypatch.setattr(training, "PrefixSharingGRPOTrainer", Kept)
     config = RunConfig.from_parameters({"preset": "smoke", "beta": beta, "rl_steps": 1, "dev_sentences": 4})
     model, tokenizer = models.load("embedded-random")  # TRL would anchor it to the trained base model
     start = {name: weight.clone() for name, weight in model.state_dict().items()}

@@ -76,7 +76,8 @@ def default_settings(kind, settings):
     common = ("output_dir", "seed", "max_steps", "per_device_train_batch_size", "report_to", "disable_tqdm")
     common += ("save_strategy", "logging_steps", "learning_rate", "gradient_accumulation_steps", "max_length")
     common += ("num_generations", "max_completion_length", "steps_per_generation", "scale_rewards", "loss_type")
-    return kind(**{name: getattr(settings, name) for name in common if hasattr(settings, name)})
+    kept = {name: getattr(settings, name) for name in common if hasattr(settings, name)}
+    return kind(**kept, use_cpu=not torch.cuda.is_available())  # bf16, TRL's default, asks for it there
 
 
 def train(trainer, steps: int) -> list[float]:
