@@ -47,23 +47,22 @@ def score_responses(
     """
     was_training = model.training
     model.eval()
-    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
-    order = np.argsort(lengths, kind="stable")
+    encoded = tokenizer(prompts)["input_ids"]
+    order = np.argsort([len(ids) for ids in encoded], kind="stable")
     shape = (len(prompts), len(responses[0]))
     scores = ResponseScores(np.zeros(shape), np.zeros(shape, dtype=int), np.zeros(shape, dtype=bool))
     for start in range(0, len(order), prompts_per_batch):
         rows = order[start : start + prompts_per_batch]
         flat = [text for row in rows for text in responses[row]]
-        batch = _score_batch(model, tokenizer, [prompts[row] for row in rows], flat, shape[1])
+        batch = _score_batch(model, tokenizer, [encoded[row] for row in rows], flat, shape[1])
         for target, value in zip((scores.logprob, scores.tokens, scores.greedy), batch, strict=True):
             target[rows] = value.reshape(len(rows), shape[1]).cpu().numpy()
     model.train(was_training)
     return scores
 
 
-def _score_batch(model, tokenizer, prompts, responses, per_prompt):
-    """Log-probability, length and greediness of each of the `len(prompts) * per_prompt` responses."""
-    rows = tokenizer(prompts)["input_ids"]
+def _score_batch(model, tokenizer, rows, responses, per_prompt):
+    """Log-probability, length and greediness of each of the `len(rows) * per_prompt` responses."""
     shared = len(os.path.commonprefix(rows)) if len(rows) > 1 else 0
     shared = min(shared, min(map(len, rows)) - 1)  # the template and the question: encoded once
     cache = DynamicCache(config=model.config.get_text_config())

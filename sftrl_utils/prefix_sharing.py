@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from unittest import mock
 
 import torch
@@ -76,7 +77,7 @@ class PrefixSharingGRPOTrainer(GRPOTrainer):
     """`GRPOTrainer` that encodes each distinct prompt of a batch once; takes the same arguments.
 
     `shared_prefix=False` gives plain TRL, and so does, with one warning, a setting under which sharing would not be
-    exact: several processes, gradient checkpointing, vLLM, continuous batching, a learned PEFT prompt,
+    exact: several processes, gradient checkpointing, dropout, vLLM, continuous batching, a learned PEFT prompt,
     sliding-window attention, images, tools, or a sampler beyond temperature, top-k and top-p.
     """
 
@@ -84,6 +85,7 @@ class PrefixSharingGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.shared_prefix = _settled(shared_prefix, self._obstacles())
         self._pad_id = self._tokenizer.pad_token_id
+        self._encoded = None  # what sampling left for the loss of the same batch
         self._text_config = self.model.config.get_text_config()
         self._warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
         if self.top_k:
@@ -123,18 +125,10 @@ class PrefixSharingGRPOTrainer(GRPOTrainer):
         return logps, entropies if compute_entropy else None, None
 
     def _score(self, model, input_ids, attention_mask, n_tokens) -> tuple[Tensor, Tensor]:
-        prompts = input_ids[:, :-n_tokens].masked_fill(attention_mask[:, :-n_tokens] == 0, self._pad_id)
         completions, scored = input_ids[:, -n_tokens:], attention_mask[:, -n_tokens:].bool()
-        keyed, rows = torch.stack([prompts, attention_mask[:, :-n_tokens]], -1).unique(dim=0, return_inverse=True)
-        cache = DynamicCache(config=self._text_config)
+        prompts, mask, rows = self._distinct(input_ids[:, :-n_tokens], attention_mask[:, :-n_tokens])
         with self.accelerator.autocast():
-            logits = model(
-                input_ids=keyed[..., 0],
-                attention_mask=keyed[..., 1],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+            logits, cache = self._encode(model, prompts, mask)
             first = torch.log_softmax(logits.float() / self.temperature, -1)
             logps = [first[rows, completions[:, 0]].unsqueeze(1)]
             entropies = [-(first.exp() * first).sum(-1)[rows].unsqueeze(1)]
@@ -142,7 +136,7 @@ class PrefixSharingGRPOTrainer(GRPOTrainer):
                 cache.batch_select_indices(rows)
                 rest = model(
                     input_ids=completions[:, :-1],
-                    attention_mask=torch.cat([keyed[rows, :, 1], scored[:, :-1].to(attention_mask)], 1),
+                    attention_mask=torch.cat([mask[rows], scored[:, :-1].to(attention_mask)], 1),
                     past_key_values=cache,
                     shift_labels=completions[:, 1:].masked_fill(~scored[:, 1:], -100),
                     fused_lm_head=True,
@@ -151,30 +145,56 @@ class PrefixSharingGRPOTrainer(GRPOTrainer):
                 entropies.append(rest.entropy if rest.entropy is not None else torch.zeros_like(rest.log_probs))
         return torch.cat(logps, 1) * scored, torch.cat(entropies, 1) * scored
 
+    def _distinct(self, prompts: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The distinct rows of left-padded prompts, their masks, and which of them each row is."""
+        prompts = prompts.masked_fill(mask == 0, self._pad_id)
+        distinct, rows = torch.stack([prompts, mask], -1).unique(dim=0, return_inverse=True)
+        return distinct[..., 0], distinct[..., 1], rows
+
+    def _encode(self, model, prompts: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache]:
+        """Logits of the token after each prompt, and the prompts' key/value cache; what sampling kept is used up."""
+        if torch.is_grad_enabled() and self._encoded is not None:
+            (kept_model, *kept), logits, cache = self._encoded
+            self._encoded = None
+            if kept_model is model and all(map(torch.equal, kept, (prompts, mask))):
+                return logits, cache
+        cache = DynamicCache(config=self._text_config)
+        logits = model(
+            input_ids=prompts, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
+        return logits, cache
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        """Token ids of one sampled completion a prompt, each distinct prompt encoded once; no log-probabilities."""
+        """Token ids of one sampled completion a prompt, each distinct prompt encoded once; no log-probabilities.
+
+        Where the next update is the only one that uses the samples, its loss takes the prompts' encoding over.
+        """
         if not self.shared_prefix or images or multimodal_fields:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
-        distinct = list(dict.fromkeys(map(tuple, prompt_ids)))
-        place = {prompt: row for row, prompt in enumerate(distinct)}
-        rows = torch.tensor([place[tuple(prompt)] for prompt in prompt_ids], device=self.accelerator.device)
-        tokens = [torch.tensor(prompt, device=rows.device) for prompt in distinct]
-        input_ids = pad(tokens, padding_value=self._pad_id, padding_side="left")
-        mask = pad([torch.ones_like(prompt) for prompt in tokens], padding_value=0, padding_side="left")
+        tokens = [torch.tensor(prompt, device=self.accelerator.device) for prompt in prompt_ids]
+        prompts, mask, rows = self._distinct(
+            pad(tokens, padding_value=self._pad_id, padding_side="left"),
+            pad([torch.ones_like(prompt) for prompt in tokens], padding_value=0, padding_side="left"),
+        )
+        once = self.model.training and self.args.steps_per_generation * self.num_iterations == 1
+        self._encoded = None
+        with self.accelerator.autocast(), torch.set_grad_enabled(once):
+            logits, cache = self._encode(self.model, prompts, mask)
+        if once:
+            kept = copy(cache)
+            kept.layers = [copy(layer) for layer in cache.layers]  # sampling puts other tensors in their place
+            self._encoded = ((self.model, prompts, mask), logits, kept)
         with torch.no_grad(), self.accelerator.autocast():
-            return self._sample(input_ids, mask, rows), None
+            return self._sample(logits, cache, mask, rows), None
 
-    def _sample(self, input_ids: Tensor, mask: Tensor, rows: Tensor) -> list[list[int]]:
-        """One completion for each entry of `rows`, an index into the prompts `input_ids`; EOS included."""
-        cache, sampled = DynamicCache(config=self._text_config), [[] for _ in rows]
+    def _sample(self, logits: Tensor, cache: DynamicCache, mask: Tensor, rows: Tensor) -> list[list[int]]:
+        """One completion for each entry of `rows`, an index into what `_encode` returned; EOS included."""
+        sampled, alive = [[] for _ in rows], torch.arange(len(rows), device=rows.device)
         ends = torch.tensor(self.eos_token_ids, device=rows.device)
-        logits = self.model(
-            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits[:, -1][rows]
+        logits, mask = logits[rows], mask[rows]
         cache.batch_select_indices(rows)
-        mask, alive = mask[rows], torch.arange(len(rows), device=rows.device)
         for step in range(self.max_completion_length):
             scores = self._warpers(None, logits.float())
             tokens = torch.multinomial(scores.softmax(-1), 1)
@@ -205,9 +225,15 @@ def _obstacles(trainer: SFTTrainer | GRPOTrainer) -> list[str]:
         "attention has a sliding window": layers != {"full_attention"},
         "prompts hold images": trainer._is_vlm,
         "the router has a loss": trainer.aux_loss_enabled,
+        "dropout is on": _drops(trainer.model),  # completions would share what is dropped of their prompt
         "sequences are packed": getattr(args, "packing", False) or getattr(args, "padding_free", False),
     }
     return [reason for reason, applies in obstacles.items() if applies]
+
+
+def _drops(model) -> bool:
+    modules = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    return max([getattr(model.config.get_text_config(), "attention_dropout", 0) or 0, *modules], default=0) > 0
 
 
 def _settled(wanted: bool, obstacles: list[str]) -> bool:

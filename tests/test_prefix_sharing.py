@@ -121,6 +121,66 @@ def test_the_loss_and_its_gradient_on_one_batch_are_plain_trl_s(make, beta):
     assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
 
 
+def gradient_of(trainer, inputs):
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model, inputs).backward()
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+def encoded_prompts(trainer, monkeypatch):
+    """Counts the forward passes over prompts from here on."""
+    passes, forward = [], trainer.model.forward
+
+    def counted(*args, **kwargs):
+        passes.append(kwargs["input_ids"].shape)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.model, "forward", counted)
+    return passes
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_the_loss_takes_over_what_sampling_encoded_and_its_gradient_is_plain_trl_s(make, monkeypatch, name):
+    trainer = make()
+    getattr(trainer.model, name)()
+    batch = next(iter(trainer.get_train_dataloader()))
+    passes = encoded_prompts(trainer, monkeypatch)
+    inputs = trainer._prepare_inputs(batch)
+    assert (trainer._encoded is not None) == (name == "train")
+    before = len(passes)
+    ours = gradient_of(trainer, inputs)
+    assert len(passes) - before == (1 if name == "train" else 2) and trainer._encoded is None
+    trainer.shared_prefix = False
+    plain = gradient_of(trainer, inputs)
+    assert (ours - plain).norm() <= 1e-4 * plain.norm() > 0
+
+
+@pytest.mark.parametrize("setting", ["num_iterations", "steps_per_generation"])
+def test_samples_of_several_updates_are_encoded_for_each(make, setting):
+    trainer = make()
+    setattr(trainer.args if setting == "steps_per_generation" else trainer, setting, 2)
+    trainer.model.train()
+    trainer._generate_single_turn([SHORT, LONG], None, {}, 1)
+    assert trainer._encoded is None
+
+
+def test_what_sampling_encoded_is_for_its_own_prompts_and_model_only(make):
+    trainer = make()
+    trainer.model.train()
+    batch = batch_of([SHORT, SHORT, LONG], [[31, 2], [32, 2], [33, 2]])
+    expected = scored(trainer, False, batch)[0]
+    trainer.shared_prefix = True
+    trainer._generate_single_turn([SHORT, [41, 42, 43, 44, 45, 46, 47]], None, {}, 1)
+    assert (scored(trainer, True, batch)[0] - expected).abs().max() < 1e-4
+    trainer._generate_single_turn([SHORT, LONG], None, {}, 1)
+    other = make().model
+    torch.nn.init.normal_(other.lm_head.weight, std=0.05)
+    mine = trainer._get_per_token_logps_and_entropies(other, *batch)[0]
+    trainer.shared_prefix = False
+    assert (mine - trainer._get_per_token_logps_and_entropies(other, *batch)[0]).abs().max() < 1e-4
+
+
 def test_groups_of_one_are_sampled_and_scored(make):
     trainer = make()
     trainer.shared_prefix = True
@@ -195,6 +255,8 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(make, tmp_path):
     [
         (lambda t: setattr(t.args, "activation_checkpointing", True), "activations are checkpointed"),
         (lambda t: setattr(t, "use_vllm", True), "vLLM"),
+        (lambda t: setattr(t.model.config, "attention_dropout", 0.1), "dropout"),
+        (lambda t: t.model.add_module("drop", torch.nn.Dropout(0.1)), "dropout"),
         (lambda t: setattr(t, "use_transformers_continuous_batching", True), "continuous batching"),
         (lambda t: setattr(t.model.config, "layer_types", ["sliding_attention"] * 3), "sliding window"),
         (lambda t: setattr(t.model, "peft_config", {"x": type("P", (), {"is_prompt_learning": True})}), "PEFT"),

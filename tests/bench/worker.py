@@ -1,12 +1,15 @@
 """One measurement in a process of its own: `python worker.py CASE VARIANT`, a JSON object on the last line.
 
-VARIANT is `ours`, `tuned` (TRL at the best settings found: on a CPU float32 without checkpointing, on a GPU bf16
-autocast without checkpointing, one batch a step) or `default` (TRL's own settings but for batch and steps).
+VARIANT is `ours`, `tuned` (plain TRL without checkpointing, one batch a step; SFT grouped by length) or `default`
+(TRL's own settings but for batch and steps). `ours` and `tuned` are followed by a dtype, `float32` or `bf16`
+(autocast): the benchmark takes the faster one of each.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
 import resource
 import statistics
@@ -17,12 +20,11 @@ import time
 import datasets
 import torch
 import transformers
-import trl
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, TrainerCallback, set_seed
 
 from sftrl_utils import corpora, evaluation, models, training
 from sftrl_utils.config import RunConfig
-from sftrl_utils.prefix_sharing import PrefixSharingGRPOTrainer, PrefixSharingSFTTrainer
+from sftrl_utils.prefix_sharing import PrefixSharingGRPOTrainer, PrefixSharingSFTTrainer, common_prefix
 
 PROMPTS_PER_STEP = 4
 ANSWER = 2  # tokens of an answer: the word and EOS
@@ -46,7 +48,7 @@ def load(name: str, dtype: torch.dtype = torch.float32):
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step, sampling to optimiser."""
+    """Seconds of each step from its batch to its gradient; the optimiser's are the same for every trainer."""
 
     def __init__(self):
         self.steps = []
@@ -55,7 +57,7 @@ class Clock(TrainerCallback):
         synchronise()
         self._start = time.perf_counter()
 
-    def on_step_end(self, *args, **kwargs):
+    def on_pre_optimizer_step(self, *args, **kwargs):
         synchronise()
         self.steps.append(time.perf_counter() - self._start)
 
@@ -71,13 +73,19 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def default_settings(kind, settings):
-    """TRL's defaults, but for what both sides must have in common."""
+def settings_of(variant: str, settings):
+    """The project's `settings` in the variant's dtype, or TRL's defaults but for what both sides have in common."""
+    trainer, _, dtype = variant.partition(" ")
+    if trainer != "default":
+        changes = {"bf16": dtype == "bf16", "use_cpu": not torch.cuda.is_available()}
+        if hasattr(settings, "generation_batch_size"):  # derived from the batch: TRL refuses it given as well
+            changes["generation_batch_size"] = None
+        return dataclasses.replace(settings, **changes)
     common = ("output_dir", "seed", "max_steps", "per_device_train_batch_size", "report_to", "disable_tqdm")
     common += ("save_strategy", "logging_steps", "learning_rate", "gradient_accumulation_steps", "max_length")
     common += ("num_generations", "max_completion_length", "steps_per_generation", "scale_rewards", "loss_type")
     kept = {name: getattr(settings, name) for name in common if hasattr(settings, name)}
-    return kind(**kept, use_cpu=not torch.cuda.is_available())  # bf16, TRL's default, asks for it there
+    return type(settings)(**kept, use_cpu=not torch.cuda.is_available())  # bf16, TRL's default, asks for it there
 
 
 def train(trainer, steps: int) -> list[float]:
@@ -105,24 +113,33 @@ def grpo(variant: str, name: str, length: int, group_size: int, steps: int) -> d
         {"rl_steps": steps, "batch_size": PROMPTS_PER_STEP * group_size, "group_size": group_size}
     )
     with tempfile.TemporaryDirectory() as scratch:
-        settings = training.grpo_config(config, 0, scratch, ANSWER)
-        if variant == "default":
-            settings = default_settings(trl.GRPOConfig, settings)
+        settings = settings_of(variant, training.grpo_config(config, 0, scratch, ANSWER))
         set_seed(0)
 
-        def reward(completions, **_):
-            return [float(len(text) % 2) for text in completions]
+        def reward(completion_ids, **_):
+            return [float(sum(ids) % 2) for ids in completion_ids]
 
         data = datasets.Dataset.from_dict({"prompt": prompts_of(tokenizer, length, 4 * PROMPTS_PER_STEP)})
         trainer = PrefixSharingGRPOTrainer(
-            model, reward, settings, train_dataset=data, processing_class=tokenizer, shared_prefix=variant == "ours"
+            model,
+            reward,
+            settings,
+            train_dataset=data,
+            processing_class=tokenizer,
+            shared_prefix=variant.startswith("ours"),
         )
         seconds = train(trainer, steps)
     rows = PROMPTS_PER_STEP * group_size
     # Forward passes count 1, backward passes 2. Sampling, then scoring with its gradient.
     plain = rows * (length + ANSWER - 1) + 3 * rows * (length + ANSWER)
     needed = 4 * (PROMPTS_PER_STEP * length + rows * (ANSWER - 1))
-    return {"seconds": statistics.median(seconds), "floor": plain / needed, "tokens": rows * (length + ANSWER)}
+    flops = 2 * (body(model) * needed + model.lm_head.weight.numel() * 4 * rows * ANSWER)
+    return {
+        "seconds": statistics.median(seconds),
+        "floor": plain / needed,
+        "tokens": rows * (length + ANSWER),
+        "flops": flops,
+    }
 
 
 def sft(variant: str, name: str, batch_size: int, steps: int) -> dict:
@@ -130,58 +147,81 @@ def sft(variant: str, name: str, batch_size: int, steps: int) -> dict:
     config = RunConfig.from_parameters({"sft_steps": steps, "batch_size": batch_size})
     corpus = corpora.load_corpus(config)
     with tempfile.TemporaryDirectory() as scratch:
-        settings = training.sft_config(config, 0, scratch)
-        if variant == "default":
-            settings = default_settings(trl.SFTConfig, settings)
-        elif variant == "tuned":
-            settings.train_sampling_strategy = "group_by_length"
+        settings = settings_of(variant, training.sft_config(config, 0, scratch))
         set_seed(0)
         data = corpora.sft_dataset(tokenizer, corpus.splits["train"], "label")
         trainer = PrefixSharingSFTTrainer(
-            model, settings, train_dataset=data, processing_class=tokenizer, shared_prefix=variant == "ours"
+            model, settings, train_dataset=data, processing_class=tokenizer, shared_prefix=variant.startswith("ours")
         )
         seconds = train(trainer, steps)
-    lengths = [
-        len(ids)
-        for ids in tokenizer([p + c for p, c in zip(data["prompt"], data["completion"], strict=True)])["input_ids"]
-    ]
-    ids = [torch.tensor(row) for row in tokenizer(data["prompt"])["input_ids"]]
+    texts = [p + c for p, c in zip(data["prompt"], data["completion"], strict=True)]
+    mean = statistics.mean(len(ids) for ids in tokenizer(texts)["input_ids"])
+    ids = [torch.tensor(row) for row in tokenizer(list(data["prompt"]))["input_ids"]]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
-    from sftrl_utils.prefix_sharing import common_prefix
+    shared = common_prefix(padded, padded >= 0)
+    needed = shared + batch_size * (mean - shared)
+    return {
+        "seconds": statistics.median(seconds),
+        "floor": batch_size * mean / needed,
+        "tokens": batch_size * mean,
+        "flops": 6 * (body(model) * needed + model.lm_head.weight.numel() * batch_size * ANSWER),
+    }
 
-    shared, mean = common_prefix(padded, padded >= 0), statistics.mean(lengths)
-    floor = batch_size * mean / (shared + batch_size * (mean - shared))
-    return {"seconds": statistics.median(seconds), "floor": floor, "tokens": batch_size * mean}
 
+def evaluate(variant: str, name: str, sentences: int, with_loss: bool) -> dict:
+    """Answers to a split, ours by scoring the closed set, plain by `generate`: one sampled answer a sentence.
 
-def evaluate(variant: str, name: str, sentences: int) -> dict:
-    """Answers to a split: closed-set scores, or one greedy answer each by `generate`."""
+    `with_loss`: the plain one computes the SFT loss of the labels too, which scores give.
+    """
     model, tokenizer = load(name)
     model.eval()
     frame = corpora.load_corpus(RunConfig.from_parameters({"train_sentences": sentences})).splits["train"]
-    evaluator_prompts = corpora.prompt_texts(tokenizer, list(frame["sentence"]), "label")
+    prompts = corpora.prompt_texts(tokenizer, list(frame["sentence"]), "label")
     answers = corpora.answer_texts(tokenizer, "label")
+    gold = [prompt + answers[label] for prompt, label in zip(prompts, frame["label"], strict=True)]
+
+    def encode(texts: list[str], side: str):
+        return tokenizer(texts, return_tensors="pt", padding=True, padding_side=side).to(model.device)
+
+    @torch.no_grad()
+    def answer(count: int) -> None:
+        if variant.startswith("ours"):
+            evaluation.score_responses(model, tokenizer, prompts[:count], [answers] * count)
+            return
+        for at in range(0, count, evaluation.PROMPTS_PER_BATCH):
+            part = encode(prompts[at : at + evaluation.PROMPTS_PER_BATCH], "left")
+            model.generate(**part, do_sample=True, min_new_tokens=ANSWER, max_new_tokens=ANSWER,
+                           pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+        for at in range(0, count if with_loss else 0, 32):  # 32: logits of every position, 0.2 GB each time
+            part = encode(gold[at : at + 32], "right")
+            model(**part, labels=part["input_ids"].masked_fill(part["attention_mask"] == 0, -100))
+
+    answer(8)  # warms up
     synchronise()
     start = time.perf_counter()
-    if variant == "ours":
-        evaluation.score_responses(model, tokenizer, evaluator_prompts, [answers] * len(frame))
-    else:
-        for at in range(0, len(frame), evaluation.PROMPTS_PER_BATCH):
-            part = evaluator_prompts[at : at + evaluation.PROMPTS_PER_BATCH]
-            inputs = tokenizer(part, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-            with torch.no_grad():
-                model.generate(**inputs, do_sample=False, min_new_tokens=ANSWER, max_new_tokens=ANSWER,
-                               pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    answer(len(prompts))
     synchronise()
     seconds = time.perf_counter() - start
-    tokens = sum(len(ids) for ids in tokenizer(evaluator_prompts)["input_ids"])
-    return {"seconds": seconds, "floor": None, "tokens": tokens}
+    ids = tokenizer(prompts)["input_ids"]
+    tokens = sum(map(len, ids))
+    shared = len(os.path.commonprefix(ids))
+    # An answer is its word and EOS: the word follows from the prompt, EOS from one more token.
+    plain = tokens + len(ids) + (tokens + ANSWER * len(ids) if with_loss else 0)
+    needed = tokens - shared * (len(ids) - 1) + len(answers) * len(ids)
+    flops = 2 * (body(model) * needed + model.lm_head.weight.numel() * (1 + len(answers)) * len(ids))
+    return {"seconds": seconds, "floor": plain / needed, "tokens": tokens, "flops": flops}
 
 
-def matrix_rate(seconds: float = 2.0) -> float:
-    """Measured FLOP/s of square matrix products: float32 on a CPU, bfloat16 on a GPU."""
-    cuda = torch.cuda.is_available()
-    size, dtype, device = (8192, torch.bfloat16, "cuda") if cuda else (2048, torch.float32, "cpu")
+def body(model) -> int:
+    """Parameters that every token passes: all but the embedding and the head."""
+    every = {id(p): p.numel() for p in model.parameters()}
+    ends = {id(p): p.numel() for p in (model.get_input_embeddings().weight, model.lm_head.weight)}
+    return sum(every.values()) - sum(ends.values())
+
+
+def matrix_rate(dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """Measured FLOP/s of square matrix products."""
+    size, device = (8192, "cuda") if torch.cuda.is_available() else (2048, "cpu")
     a = torch.randn(size, size, device=device, dtype=dtype)
     for _ in range(3):
         a @ a
@@ -204,7 +244,8 @@ def main() -> None:
     before = peak_mb()
     result = kind(variant, **case)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    print(json.dumps({**result, "peak_mb": peak_mb(), "loaded_mb": before, "device": device, "parameters": parameters}))
+    result |= {"peak_mb": peak_mb(), "loaded_mb": before, "device": device, "parameters": parameters}
+    print(json.dumps(result | {"matrix_rate": matrix_rate(torch.bfloat16 if "bf16" in variant else torch.float32)}))
 
 
 if __name__ == "__main__":
