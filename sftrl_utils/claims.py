@@ -77,6 +77,12 @@ def benchmark() -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(["device", "case"])
 
 
+def step_profiles(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `benchmark` that were profiled: shares of a step's time by operation, NaN where it is not costly."""
+    profiles = table["profile"].dropna()
+    return pd.DataFrame(list(profiles), index=profiles.index)
+
+
 def step_seconds(table: pd.DataFrame) -> pd.DataFrame:
     """GRPO rows of `benchmark` as columns device, model, prompt_tokens, group_size, trainer and seconds a step."""
     cases = table.index.get_level_values("case").str.extract(r"grpo, (\w+), (\d+) \+ 2, G = (\d+)")

@@ -87,6 +87,7 @@ def row(case: str, settings: dict, repeats: int, with_default: bool) -> dict:
         "tokens_per_s": first["tokens"] / seconds["ours"],
         "parameters": first["parameters"],
         "matrix_share": share,
+        "profile": first.get("profile"),
         "peak_rss_ours_mb": max(run["peak_mb"] for run in runs["ours"]),
         "peak_rss_plain_mb": max(run["peak_mb"] for run in runs["tuned"]),
     }
@@ -94,7 +95,7 @@ def row(case: str, settings: dict, repeats: int, with_default: bool) -> dict:
 
 FIELDS = ("ours_dtype", "tuned_dtype", "float32_ratio")
 FIELDS += ("trl_tuned_s", "trl_default_s", "ratio", "ratio_min", "ratio_max", "floor_ratio", "tokens_per_s")
-FIELDS += ("parameters", "matrix_share", "peak_rss_ours_mb", "peak_rss_plain_mb")
+FIELDS += ("parameters", "matrix_share", "profile", "peak_rss_ours_mb", "peak_rss_plain_mb")
 WHOLE = dict.fromkeys(FIELDS)  # what a whole process has no figure for
 
 

@@ -50,16 +50,30 @@ def load(name: str, dtype: torch.dtype = torch.float32):
 class Clock(TrainerCallback):
     """Seconds of each step from its batch to its gradient; the optimiser's are the same for every trainer."""
 
-    def __init__(self):
+    def __init__(self, profiled: bool):
         self.steps = []
+        self.profiler = torch.profiler.profile() if profiled else None  # of the last step
 
-    def on_step_begin(self, *args, **kwargs):
+    def on_step_begin(self, args, state, control, **kwargs):
         synchronise()
+        if self.profiler and state.global_step == state.max_steps - 1:
+            self.profiler.start()
         self._start = time.perf_counter()
 
-    def on_pre_optimizer_step(self, *args, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         synchronise()
         self.steps.append(time.perf_counter() - self._start)
+        if self.profiler and state.global_step == state.max_steps - 1:
+            self.profiler.stop()
+
+    def profile(self, kinds: int = 6) -> dict[str, float] | None:
+        """Shares of the last step's time that the costliest kinds of operation took themselves."""
+        if not self.profiler:
+            return None
+        field = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        times = {event.key: getattr(event, field) for event in self.profiler.key_averages()}
+        costliest = sorted(times, key=times.get, reverse=True)[:kinds]
+        return {name: times[name] / sum(times.values()) for name in costliest}
 
 
 def synchronise() -> None:
@@ -88,12 +102,13 @@ def settings_of(variant: str, settings):
     return type(settings)(**kept, use_cpu=not torch.cuda.is_available())  # bf16, TRL's default, asks for it there
 
 
-def train(trainer, steps: int) -> list[float]:
-    clock = Clock()
+def train(trainer, profiled: bool) -> dict:
+    """Median seconds of a step: the first one warms up; the last one, where it is profiled, does not count."""
+    clock = Clock(profiled)
     trainer.add_callback(clock)
     trainer.train()
-    assert len(clock.steps) == steps
-    return clock.steps[1:]  # the first one warms up
+    assert len(clock.steps) == trainer.args.max_steps
+    return {"seconds": statistics.median(clock.steps[1 : -1 if profiled else None]), "profile": clock.profile()}
 
 
 def prompts_of(tokenizer, length: int, count: int) -> list[str]:
@@ -109,8 +124,9 @@ def prompts_of(tokenizer, length: int, count: int) -> list[str]:
 
 def grpo(variant: str, name: str, length: int, group_size: int, steps: int) -> dict:
     model, tokenizer = load(name)
+    profiled = variant.startswith("ours")
     config = RunConfig.from_parameters(
-        {"rl_steps": steps, "batch_size": PROMPTS_PER_STEP * group_size, "group_size": group_size}
+        {"rl_steps": steps + profiled, "batch_size": PROMPTS_PER_STEP * group_size, "group_size": group_size}
     )
     with tempfile.TemporaryDirectory() as scratch:
         settings = settings_of(variant, training.grpo_config(config, 0, scratch, ANSWER))
@@ -126,16 +142,15 @@ def grpo(variant: str, name: str, length: int, group_size: int, steps: int) -> d
             settings,
             train_dataset=data,
             processing_class=tokenizer,
-            shared_prefix=variant.startswith("ours"),
+            shared_prefix=profiled,
         )
-        seconds = train(trainer, steps)
+        measured = train(trainer, profiled)
     rows = PROMPTS_PER_STEP * group_size
     # Forward passes count 1, backward passes 2. Sampling, then scoring with its gradient.
     plain = rows * (length + ANSWER - 1) + 3 * rows * (length + ANSWER)
     needed = 4 * (PROMPTS_PER_STEP * length + rows * (ANSWER - 1))
     flops = 2 * (body(model) * needed + model.lm_head.weight.numel() * 4 * rows * ANSWER)
-    return {
-        "seconds": statistics.median(seconds),
+    return measured | {
         "floor": plain / needed,
         "tokens": rows * (length + ANSWER),
         "flops": flops,
@@ -144,24 +159,24 @@ def grpo(variant: str, name: str, length: int, group_size: int, steps: int) -> d
 
 def sft(variant: str, name: str, batch_size: int, steps: int) -> dict:
     model, tokenizer = load(name)
-    config = RunConfig.from_parameters({"sft_steps": steps, "batch_size": batch_size})
+    profiled = variant.startswith("ours")
+    config = RunConfig.from_parameters({"sft_steps": steps + profiled, "batch_size": batch_size})
     corpus = corpora.load_corpus(config)
     with tempfile.TemporaryDirectory() as scratch:
         settings = settings_of(variant, training.sft_config(config, 0, scratch))
         set_seed(0)
         data = corpora.sft_dataset(tokenizer, corpus.splits["train"], "label")
         trainer = PrefixSharingSFTTrainer(
-            model, settings, train_dataset=data, processing_class=tokenizer, shared_prefix=variant.startswith("ours")
+            model, settings, train_dataset=data, processing_class=tokenizer, shared_prefix=profiled
         )
-        seconds = train(trainer, steps)
+        measured = train(trainer, profiled)
     texts = [p + c for p, c in zip(data["prompt"], data["completion"], strict=True)]
     mean = statistics.mean(len(ids) for ids in tokenizer(texts)["input_ids"])
     ids = [torch.tensor(row) for row in tokenizer(list(data["prompt"]))["input_ids"]]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
     shared = common_prefix(padded, padded >= 0)
     needed = shared + batch_size * (mean - shared)
-    return {
-        "seconds": statistics.median(seconds),
+    return measured | {
         "floor": batch_size * mean / needed,
         "tokens": batch_size * mean,
         "flops": 6 * (body(model) * needed + model.lm_head.weight.numel() * batch_size * ANSWER),
