@@ -208,7 +208,13 @@ def test_the_book_builds_without_a_warning_and_shows_both_claims_first(built):
     assert "RL after SFT raises the SFT loss" in text and "SFT after RL lowers the reward" in text
     pictures = re.findall(r'<img[^>]+src="\.\./(_images/[^"]+\.png)"', first_screen)
     assert len(set(pictures)) == 2
-    assert all((root / "_build" / "html" / picture).is_file() for picture in pictures)
+
+
+def test_every_picture_of_every_page_is_there(built):
+    pages = list((built[0] / "_build" / "html").rglob("*.html"))
+    shown = {(page, src) for page in pages for src in re.findall(r'<img[^>]+src="([^":]+)"', page.read_text("utf-8"))}
+    assert len(shown) >= 10
+    assert [(page.name, src) for page, src in shown if not (page.parent / src).is_file()] == []
 
 
 def test_pages_show_outputs_source_code_and_the_last_run(built):
@@ -216,7 +222,8 @@ def test_pages_show_outputs_source_code_and_the_last_run(built):
     for copy in copies:
         page = (root / "_build" / "html" / "notebooks" / f"{copy.stem}.html").read_text(encoding="utf-8")
         assert "Last run" in page and "preset <code" in page
-        assert re.search(r'<span class="nf">(sft_config|grpo_config|train_stage|gibbs_optimum)</span>', page)
+        functions = re.findall(r":pyobject: (?:\w+\.)?(\w+)", copy.read_text(encoding="utf-8"))
+        assert functions and all(f'<span class="nf">{name}</span>' in page for name in functions)
         assert "injected" not in page and "{glue" not in page and str(root) not in page
 
 
