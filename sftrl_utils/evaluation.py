@@ -104,7 +104,9 @@ def _score_batch(model, tokenizer, rows, responses, per_prompt):
 def _token_scores(logits, ids):
     """Log-probability of each token, in float64 (those near 0 need the digits), and whether it is the likeliest."""
     chosen = logits.expand(*ids.shape, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.double().logsumexp(-1), logits.argmax(-1) == ids
+    # In parts: a copy of all logits in float64 would be the peak of memory.
+    total = torch.cat([part.double().logsumexp(-1) for part in logits.split(8)])
+    return chosen - total, logits.argmax(-1) == ids
 
 
 @dataclass

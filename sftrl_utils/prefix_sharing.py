@@ -3,7 +3,8 @@
 The completions of a GRPO group share their prompt. TRL encodes it once a completion, to sample and again to take the
 gradient. Here each distinct prompt of a batch is encoded once, and its key/value cache is handed to its completions,
 with its gradient. In SFT all prompts share their first tokens, the chat template and the question: they are encoded
-once a batch. Losses, metrics, logging, checkpoints and resuming are TRL's.
+once a batch, and only supervised positions are projected onto the vocabulary (plain TRL does that where Triton is).
+Losses, metrics, logging, checkpoints and resuming are TRL's.
 """
 
 from __future__ import annotations
@@ -23,9 +24,17 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 from trl import GRPOTrainer, SFTTrainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import pad
+
+# What a model's generation_config may say without a bearing on TRL's samples: TRL sets it, or it is bookkeeping.
+PLAIN_GENERATION = {
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "do_sample", "max_length", "max_new_tokens"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "output_attentions", "output_hidden_states"),
+    *("_from_model_config", "transformers_version"),
+}
 
 
 def common_prefix(input_ids: Tensor, attention_mask: Tensor) -> int:
@@ -53,7 +62,14 @@ class PrefixSharingSFTTrainer(SFTTrainer):
 
     def __init__(self, *args, shared_prefix: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
-        self.shared_prefix = _settled(shared_prefix, _obstacles(self))
+        self.shared_prefix = _settled(shared_prefix, self._obstacles())
+
+    def _obstacles(self) -> list[str]:
+        obstacles = {  # under these TRL's loss runs the model twice: the second run would find the first one's cache
+            "label_smoothing_factor is set": self.label_smoother is not None,
+            "there is a compute_loss_func": self.compute_loss_func is not None,
+        }
+        return [*_obstacles(self), *(reason for reason, applies in obstacles.items() if applies)]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss and metrics, computed from what follows the common prefix."""
@@ -77,8 +93,9 @@ class PrefixSharingGRPOTrainer(GRPOTrainer):
     """`GRPOTrainer` that encodes each distinct prompt of a batch once; takes the same arguments.
 
     `shared_prefix=False` gives plain TRL, and so does, with one warning, a setting under which sharing would not be
-    exact: several processes, gradient checkpointing, dropout, vLLM, continuous batching, a learned PEFT prompt,
-    sliding-window attention, images, tools, or a sampler beyond temperature, top-k and top-p.
+    exact: several processes, gradient checkpointing, dropout or noise, vLLM, continuous batching, a learned PEFT
+    prompt, a cache of a kind of its own (sliding windows, say), positions that are not rotary, images, tools, or a
+    sampler beyond temperature, top-k and top-p.
     """
 
     def __init__(self, *args, shared_prefix: bool = True, **kwargs):
@@ -102,8 +119,20 @@ class PrefixSharingGRPOTrainer(GRPOTrainer):
             "the language-model head is cast": args.cast_lm_head_to_fp32,
             "min_p or repetition_penalty is set": args.min_p is not None or args.repetition_penalty != 1.0,
             "generation_kwargs is set": bool(args.generation_kwargs),
+            "cache_implementation is set": args.cache_implementation is not None,
+            # `generate` counts positions from a prompt's first token, here they count its padding
+            "positions are not rotary": not getattr(self.model.config.get_text_config(), "rope_parameters", None),
         }
+        asked = set(self.model.generation_config.to_diff_dict()) - PLAIN_GENERATION
+        obstacles |= {f"the model's generation_config sets {name}": True for name in sorted(asked)}
         return [*_obstacles(self), *(reason for reason, applies in obstacles.items() if applies)]
+
+    def training_step(self, *args, **kwargs):
+        """TRL's step; what sampling kept for its loss does not outlive it, an error included."""
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self._encoded = None
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **others
@@ -217,15 +246,16 @@ def _obstacles(trainer: SFTTrainer | GRPOTrainer) -> list[str]:
     """Why encoding a prefix once would not be exact under this trainer's settings."""
     args, config = trainer.args, trainer.model.config.get_text_config()
     adapters = getattr(trainer.model, "peft_config", {}).values()
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    layers = {type(layer) for layer in DynamicCache(config=config).layers}
     obstacles = {
         "there are several processes": trainer.accelerator.num_processes > 1,  # DDP must see one forward pass
         "activations are checkpointed": args.activation_checkpointing or trainer.model.is_activation_checkpointing,
         "PEFT learns a prompt": any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters),
-        "attention has a sliding window": layers != {"full_attention"},
+        "the model caches more than keys and values (a sliding window, say)": not layers <= {DynamicLayer},
         "prompts hold images": trainer._is_vlm,
         "the router has a loss": trainer.aux_loss_enabled,
         "dropout is on": _drops(trainer.model),  # completions would share what is dropped of their prompt
+        "neftune_noise_alpha is set": args.neftune_noise_alpha is not None,  # and the noise as well
         "sequences are packed": getattr(args, "packing", False) or getattr(args, "padding_free", False),
     }
     return [reason for reason, applies in obstacles.items() if applies]

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 import bench  # noqa: E402
 
-from sftrl_utils import claims, figures  # noqa: E402
+from sftrl_utils import claims, figures, records  # noqa: E402
 
 FIELDS = {"case", "device", "ours_s", "trl_tuned_s", "trl_default_s", "ratio", "ratio_min", "ratio_max", "floor_ratio"}
 FIELDS |= {"peak_rss_ours_mb", "peak_rss_plain_mb"}
@@ -18,11 +18,13 @@ FIELDS |= {"peak_rss_ours_mb", "peak_rss_plain_mb"}
 
 def test_a_row_holds_medians_ratios_and_the_floor_of_its_case():
     settings = dict(kind="grpo", name="tiny", length=64, group_size=4, steps=3)
-    row = bench.row("grpo, tiny", settings, repeats=1, with_default=False)
+    row = bench.row("grpo, tiny", settings, ("tuned float32 in parts",), repeats=1)
     assert set(row) >= FIELDS and row["trl_default_s"] is None
     assert row["ratio"] == pytest.approx(row["trl_tuned_s"] / row["ours_s"]) == row["ratio_min"] == row["ratio_max"]
-    # 16 rows of 64 + 2 tokens, sampled once and scored with a gradient; 4 prompts of 64 and 16 tokens at least.
-    assert row["floor_ratio"] == pytest.approx((16 * 65 + 3 * 16 * 66) / (4 * (4 * 64 + 16)))
+    # 16 rows of 64 + 2 tokens, sampled once and scored with a gradient; at least 4 prompts of 64, encoded once for
+    # both, and 16 tokens that are sampled from and scored.
+    assert row["floor_ratio"] == pytest.approx((16 * 65 + 3 * 16 * 66) / (3 * 4 * 64 + 4 * 16))
+    assert row["tuned"] == "float32 in parts" and row["commit"] == records.git_commit()
     assert row["peak_rss_ours_mb"] > 100 and row["tokens_per_s"] > 0
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2_contingency
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, set_seed
+from transformers import DynamicCache, MistralConfig, set_seed
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 
 from sftrl_utils import corpora, models, prefix_sharing, training
@@ -220,23 +220,70 @@ def test_sampling_settings_count(make, name, value):
     sampled, _ = trainer._generate_single_turn([prompt] * 2000, None, {}, 2000)
     with torch.no_grad():
         logits = trainer.model(input_ids=torch.tensor([prompt])).logits[0, -1]
-    for warper in trainer._warpers:
-        logits = warper(None, logits[None])[0]
+    expected = (logits / value if name == "temperature" else logits).softmax(-1)
+    ordered, places = expected.sort(descending=True)
+    kept = {"temperature": len(logits), "top_k": 3, "top_p": int((ordered.cumsum(0) < 0.5).sum()) + 1}[name]
+    expected[places[kept:]] = 0
     shares = torch.bincount(torch.tensor([ids[0] for ids in sampled]), minlength=len(logits)) / 2000
-    assert (shares - logits.softmax(-1)).abs().max() < 0.05
+    assert (shares - expected / expected.sum()).abs().max() < 0.05
+    assert shares[expected == 0].sum() == 0
     plain = torch.log_softmax(trainer.model(input_ids=torch.tensor([LONG])).logits[0, -1] / trainer.temperature, -1)
     ours, _, _ = scored(trainer, True, batch_of([LONG], [[31]]))
     assert ours[0, 0].item() == pytest.approx(plain[31].item(), abs=1e-4)  # as TRL: temperature, not top-k or top-p
 
 
-def test_training_keeps_trl_s_logs_and_learns(make):
+def test_training_keeps_trl_s_logs_and_raises_the_reward(make):
     logs = []
     for shared in (True, False):
-        trainer = make(shared, steps=3)
+        trainer = make(shared, steps=30, learning_rate=1e-4)
+        trainer.reward_funcs = [lambda completions, **_: [float(text == "unacceptable") for text in completions]]
         trainer.train()
         logs.append([set(entry) for entry in trainer.state.log_history])
-        assert trainer.state.global_step == 3
+        rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+        assert len(rewards) == 30 and np.mean(rewards[-10:]) > np.mean(rewards[:10]) + 0.1
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_iterations": 2},
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 2, "beta": 0.1},
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 1},
+        {"temperature": 0.7, "beta": 0.1},
+    ],
+    ids=str,
+)
+def test_every_loss_of_a_training_is_plain_trl_s(make, monkeypatch, settings):
+    """On the batches of our own run: what plain TRL's loss would have been at each step."""
+    settings, losses = dict(settings), []
+    trainer = make(steps=3, beta=settings.pop("beta", 0.0), **settings)
+    original = trainer.compute_loss
+
+    def both(model, inputs, **options):
+        ours = original(model, inputs, **options)
+        trainer.shared_prefix = False
+        with torch.no_grad():
+            losses.append((ours.item(), original(model, inputs, **options).item()))
+        trainer.shared_prefix = True
+        return ours
+
+    monkeypatch.setattr(trainer, "compute_loss", both)
+    trainer.train()
+    ours, plain = zip(*losses, strict=True)
+    assert len(losses) >= 3 and ours == pytest.approx(plain, abs=1e-5)
+
+
+def test_what_sampling_keeps_does_not_outlive_an_error(make):
+    trainer = make(steps=1)
+
+    def fails(*_, **__):
+        raise RuntimeError("no reward")
+
+    trainer.reward_funcs = [fails]
+    with pytest.raises(RuntimeError, match="no reward"):
+        trainer.train()
+    assert trainer._encoded is None
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(make, tmp_path):
@@ -258,7 +305,11 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(make, tmp_path):
         (lambda t: setattr(t.model.config, "attention_dropout", 0.1), "dropout"),
         (lambda t: t.model.add_module("drop", torch.nn.Dropout(0.1)), "dropout"),
         (lambda t: setattr(t, "use_transformers_continuous_batching", True), "continuous batching"),
-        (lambda t: setattr(t.model.config, "layer_types", ["sliding_attention"] * 3), "sliding window"),
+        (lambda t: setattr(t.model, "config", MistralConfig()), "sliding window"),
+        (lambda t: setattr(t.model.config, "rope_parameters", None), "rotary"),
+        (lambda t: setattr(t.model.generation_config, "no_repeat_ngram_size", 2), "no_repeat_ngram_size"),
+        (lambda t: setattr(t.args, "cache_implementation", "static"), "cache_implementation"),
+        (lambda t: setattr(t.args, "neftune_noise_alpha", 5.0), "neftune"),
         (lambda t: setattr(t.model, "peft_config", {"x": type("P", (), {"is_prompt_learning": True})}), "PEFT"),
         (lambda t: setattr(t, "_is_vlm", True), "images"),
         (lambda t: setattr(t, "tools", ["search"]), "tools"),
@@ -288,12 +339,10 @@ def test_one_warning_and_plain_trl_where_it_would_not_be_exact(make):
     assert not [warning for warning in caught if "plain TRL" in str(warning.message)]
 
 
-def test_a_sliding_window_is_seen_in_a_real_configuration():
-    config = Qwen3Config(
-        num_hidden_layers=2, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=8, vocab_size=64, use_sliding_window=True, sliding_window=4, max_window_layers=0,
-    )  # fmt: skip
-    assert "sliding_attention" in Qwen3ForCausalLM(config).config.layer_types
+def test_the_hubs_usual_generation_settings_are_no_obstacle(make):
+    trainer = make()
+    trainer.model.generation_config.update(temperature=0.6, top_k=20, top_p=0.95, do_sample=True)
+    assert trainer._obstacles() == []
 
 
 PARAMETERS = {
@@ -408,6 +457,14 @@ def test_the_common_prefix_is_the_longest_that_leaves_a_token(rows):
     shared = prefix_sharing.common_prefix(batch["input_ids"], batch["attention_mask"])
     expected = max(n for n in range(min(map(len, rows))) if all(row[:n] == rows[0][:n] for row in rows))
     assert shared == expected
+
+
+@pytest.mark.parametrize("name", ["label_smoother", "compute_loss_func"])
+def test_a_loss_that_runs_the_model_twice_shares_nothing(make_sft, name):
+    trainer = make_sft()
+    assert trainer._obstacles() == []
+    setattr(trainer, name, object())
+    assert len(trainer._obstacles()) == 1
 
 
 def test_sft_learns_the_same_from_the_same_seed(make_sft):

@@ -1,8 +1,8 @@
 """How fast the project is beside plain TRL: `make bench`, or `make bench CASES=grpo` for one family.
 
-Every measurement is a process of its own, and the variants of a case take turns: ours and tuned TRL, each in its faster
-dtype, and TRL at its defaults, with the same model, data, seed and sample counts. Prints a row a case as it is done and
-writes `_build/bench.json`.
+Every measurement is a process of its own: first each side's candidates (dtypes, batches, TRL's defaults), then the
+fastest of ours and of TRL's in turns, with the same model, data, seed and sample counts. Prints a row a case as it is
+done and writes `_build/bench.json`.
 """
 
 from __future__ import annotations
@@ -17,29 +17,41 @@ import tempfile
 import time
 from pathlib import Path
 
+from sftrl_utils import records
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-TRAINERS = ("ours", "tuned")
-# Case: settings of the worker's function, repeats, and whether TRL's defaults are run too (on a CPU: minutes a step).
+OURS = ("ours float32", "ours bf16")
+TUNED = ("tuned float32", "tuned bf16")
+IN_PARTS = (*TUNED, "tuned float32 in parts", "tuned bf16 in parts")
+BATCHES = ("tuned 32", "tuned 128")
+# Case: settings of the worker's function, candidates for tuned TRL, repeats.
 CPU = {
-    **{f"grpo, tiny, {p} + 2, G = {g}": (dict(kind="grpo", name="tiny", length=p, group_size=g, steps=6), n, n > 1)
-       for p in (40, 256) for g, n in ((4, 1), (8, 3), (16, 1))},
-    "grpo, smollm2, 40 + 2, G = 4": (dict(kind="grpo", name="smollm2", length=40, group_size=4, steps=3), 1, False),
-    "grpo, smollm2, 40 + 2, G = 8": (dict(kind="grpo", name="smollm2", length=40, group_size=8, steps=3), 3, True),
-    "grpo, smollm2, 40 + 2, G = 16": (dict(kind="grpo", name="smollm2", length=40, group_size=16, steps=2), 1, False),
-    "grpo, smollm2, 256 + 2, G = 8": (dict(kind="grpo", name="smollm2", length=256, group_size=8, steps=2), 1, False),
-    "sft, tiny": (dict(kind="sft", name="tiny", batch_size=32, steps=12), 3, True),
-    "sft, smollm2": (dict(kind="sft", name="smollm2", batch_size=32, steps=4), 3, True),
-    **{f"eval, {name}{what}": (dict(kind="eval", name=name, sentences=n, with_loss=bool(what)), 3, False)
-       for name, n in (("tiny", 1024), ("smollm2", 128)) for what in ("", " with SFT loss")},
+    "grpo, smollm2, 40 + 2, G = 8":
+        (dict(kind="grpo", name="smollm2", length=40, group_size=8, steps=4), (*TUNED, "default"), 3),
+    "grpo, smollm2, 256 + 2, G = 8": (dict(kind="grpo", name="smollm2", length=256, group_size=8, steps=2), TUNED, 3),
+    **{f"grpo, smollm2, 40 + 2, G = {g}":
+       (dict(kind="grpo", name="smollm2", length=40, group_size=g, steps=3), TUNED, 1)
+       for g in (4, 16)},
+    "sft, smollm2": (dict(kind="sft", name="smollm2", batch_size=32, steps=4), (*TUNED, "default"), 3),
+    **{f"eval, smollm2{what}": (dict(kind="eval", name="smollm2", sentences=128, every_metric=bool(what)), BATCHES, 3)
+       for what in ("", ", every metric")},
+    **{f"grpo, tiny, {p} + 2, G = 8": (dict(kind="grpo", name="tiny", length=p, group_size=8, steps=7), plain, 3)
+       for p, plain in ((40, (*TUNED, "default")), (256, (*IN_PARTS, "default")))},
+    **{f"grpo, tiny, {p} + 2, G = {g}": (dict(kind="grpo", name="tiny", length=p, group_size=g, steps=7), TUNED, 1)
+       for p, g in ((40, 4), (40, 16), (128, 8), (256, 4), (256, 16))},
+    "sft, tiny": (dict(kind="sft", name="tiny", batch_size=32, steps=12), (*TUNED, "default"), 3),
+    **{f"eval, tiny{what}": (dict(kind="eval", name="tiny", sentences=1024, every_metric=bool(what)), BATCHES, 3)
+       for what in ("", ", every metric")},
 }  # fmt: skip
 GPU = {
-    **{f"grpo, {name}, {p} + 2, G = {g}": (dict(kind="grpo", name=name, length=p, group_size=g, steps=12), 3, True)
+    **{f"grpo, {name}, {p} + 2, G = {g}":
+       (dict(kind="grpo", name=name, length=p, group_size=g, steps=12), (*IN_PARTS, "default"), 3)
        for name in ("smollm2", "qwen3") for p in (40, 256) for g in (4, 8, 16)},
-    **{f"sft, {name}": (dict(kind="sft", name=name, batch_size=512, steps=12), 3, True)
+    **{f"sft, {name}": (dict(kind="sft", name=name, batch_size=512, steps=12), (*TUNED, "default"), 3)
        for name in ("smollm2", "qwen3")},
-    **{f"eval, {name}{what}": (dict(kind="eval", name=name, sentences=2048, with_loss=bool(what)), 3, False)
-       for name in ("smollm2", "qwen3") for what in ("", " with SFT loss")},
+    **{f"eval, {name}{what}": (dict(kind="eval", name=name, sentences=2048, every_metric=bool(what)), BATCHES, 3)
+       for name in ("smollm2", "qwen3") for what in ("", ", every metric")},
 }  # fmt: skip
 
 
@@ -51,49 +63,49 @@ def measure(settings: dict, variant: str) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def row(case: str, settings: dict, repeats: int, with_default: bool) -> dict:
-    """One case: medians over repeats, each trainer in its faster dtype, and the ratio to tuned TRL with its spread."""
-    dtypes = ["float32"] if settings["kind"] == "eval" else ["float32", "bf16"]
-    tried = {f"{trainer} {dtype}": measure(settings, f"{trainer} {dtype}") for dtype in dtypes for trainer in TRAINERS}
-    fastest = {
-        trainer: min((name for name in tried if name.startswith(trainer)), key=lambda name: tried[name]["seconds"])
-        for trainer in TRAINERS
-    }
-    default = measure(settings, "default")["seconds"] if with_default else None  # context, once
-    runs = {trainer: [tried[name]] for trainer, name in fastest.items()}
-    for _ in range(repeats - 1):
-        for trainer, name in fastest.items():
-            runs[trainer].append(measure(settings, name))
-    seconds = {trainer: statistics.median(run["seconds"] for run in done) for trainer, done in runs.items()}
-    ratios = [tuned["seconds"] / ours["seconds"] for ours, tuned in zip(runs["ours"], runs["tuned"], strict=True)]
-    first = runs["ours"][0]
+def row(case: str, settings: dict, candidates: tuple[str, ...], repeats: int) -> dict:
+    """One case: medians over repeats of each side's fastest variant, and the ratio to tuned TRL with its spread.
+
+    The fastest is chosen on runs that do not count again; then the two sides take turns, each first every other time.
+    """
+    own = OURS[:1] if settings["kind"] == "eval" else OURS
+    tried = {variant: measure(settings, variant)["seconds"] for variant in (*own, *candidates)}
+    ours, tuned = min(own, key=tried.get), min(candidates, key=tried.get)
+    runs = {ours: [], tuned: []}
+    for repeat in range(repeats):
+        for variant in (ours, tuned) if repeat % 2 == 0 else (tuned, ours):
+            runs[variant].append(measure(settings, variant))
+    seconds = {variant: statistics.median(run["seconds"] for run in done) for variant, done in runs.items()}
+    ratios = [plain["seconds"] / mine["seconds"] for mine, plain in zip(runs[ours], runs[tuned], strict=True)]
+    float32 = [tried.get(name) for name in ("tuned float32", "ours float32")]
+    first = runs[ours][0]
     # Floating-point operations that the method needs, a second, over what square matrix products of its dtype reach.
-    rate = statistics.median(run["matrix_rate"] for run in runs["ours"])
-    share = first["flops"] / seconds["ours"] / rate
+    rate = statistics.median(run["matrix_rate"] for run in runs[ours])
     return {
         "case": case,
         "device": first["device"],
-        "ours_s": seconds["ours"],
-        "trl_tuned_s": seconds["tuned"],
-        "trl_default_s": default,
+        "commit": records.git_commit(),
+        "ours_s": seconds[ours],
+        "trl_tuned_s": seconds[tuned],
+        "trl_default_s": tried.get("default"),
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
         "repeats": repeats,
-        "ours_dtype": fastest["ours"].split()[1],
-        "tuned_dtype": fastest["tuned"].split()[1],
-        "float32_ratio": tried["tuned float32"]["seconds"] / tried["ours float32"]["seconds"],
+        "ours": ours.removeprefix("ours "),
+        "tuned": tuned.removeprefix("tuned "),
+        "float32_ratio": float32[0] / float32[1] if all(float32) else None,
         "floor_ratio": first["floor"],
-        "tokens_per_s": first["tokens"] / seconds["ours"],
+        "tokens_per_s": first["tokens"] / seconds[ours],
         "parameters": first["parameters"],
-        "matrix_share": share,
+        "matrix_share": first["flops"] / seconds[ours] / rate,
         "profile": first.get("profile"),
-        "peak_rss_ours_mb": max(run["peak_mb"] for run in runs["ours"]),
-        "peak_rss_plain_mb": max(run["peak_mb"] for run in runs["tuned"]),
+        "peak_rss_ours_mb": max(run["peak_mb"] for run in runs[ours]),
+        "peak_rss_plain_mb": max(run["peak_mb"] for run in runs[tuned]),
     }
 
 
-FIELDS = ("ours_dtype", "tuned_dtype", "float32_ratio")
+FIELDS = ("ours", "tuned", "float32_ratio")
 FIELDS += ("trl_tuned_s", "trl_default_s", "ratio", "ratio_min", "ratio_max", "floor_ratio", "tokens_per_s")
 FIELDS += ("parameters", "matrix_share", "profile", "peak_rss_ours_mb", "peak_rss_plain_mb")
 WHOLE = dict.fromkeys(FIELDS)  # what a whole process has no figure for
@@ -115,6 +127,7 @@ def start_up() -> dict:
     return WHOLE | {
         "case": "start-up of a notebook (TRL: its trainers alone)",
         "device": f"{os.cpu_count()} CPU cores",
+        "commit": records.git_commit(),
         "ours_s": statistics.median(seconds["ours"]),
         "trl_tuned_s": statistics.median(seconds["tuned"]),
         "ratio": statistics.median(ratios),
@@ -132,7 +145,13 @@ def book() -> dict:
         start = time.perf_counter()
         subprocess.run(["make", "--silent", "-C", scratch, "book"], check=True, capture_output=True)
         seconds = time.perf_counter() - start
-    return WHOLE | {"case": "make book", "device": f"{os.cpu_count()} CPU cores", "ours_s": seconds, "repeats": 1}
+    return WHOLE | {
+        "case": "make book",
+        "device": f"{os.cpu_count()} CPU cores",
+        "commit": records.git_commit(),
+        "ours_s": seconds,
+        "repeats": 1,
+    }
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """One measurement in a process of its own: `python worker.py CASE VARIANT`, a JSON object on the last line.
 
-VARIANT is `ours`, `tuned` (plain TRL without checkpointing, one batch a step; SFT grouped by length) or `default`
-(TRL's own settings but for batch and steps). `ours` and `tuned` are followed by a dtype, `float32` or `bf16`
-(autocast): the benchmark takes the faster one of each.
+VARIANT is `ours` or `tuned` (plain TRL without checkpointing; SFT grouped by length), followed by a dtype, `float32`
+or `bf16` (autocast), and for `tuned` perhaps by `in parts`: four batches a step instead of one. Or it is `default`:
+TRL's own settings but for batch and steps. In evaluation what follows `tuned` is the number of sentences a batch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def load(name: str, dtype: torch.dtype = torch.float32):
         model = Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True))
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return model.to(dtype), tokenizer
+    return model.to(dtype).to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 class Clock(TrainerCallback):
@@ -89,9 +89,12 @@ def peak_mb() -> float:
 
 def settings_of(variant: str, settings):
     """The project's `settings` in the variant's dtype, or TRL's defaults but for what both sides have in common."""
-    trainer, _, dtype = variant.partition(" ")
-    if trainer != "default":
-        changes = {"bf16": dtype == "bf16", "use_cpu": not torch.cuda.is_available()}
+    if variant != "default":
+        changes = {"bf16": "bf16" in variant, "use_cpu": not torch.cuda.is_available()}
+        if "in parts" in variant:
+            rows = settings.per_device_train_batch_size // 4
+            changes |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 4}
+            changes |= {"steps_per_generation": 4} if hasattr(settings, "steps_per_generation") else {}
         if hasattr(settings, "generation_batch_size"):  # derived from the batch: TRL refuses it given as well
             changes["generation_batch_size"] = None
         return dataclasses.replace(settings, **changes)
@@ -124,9 +127,9 @@ def prompts_of(tokenizer, length: int, count: int) -> list[str]:
 
 def grpo(variant: str, name: str, length: int, group_size: int, steps: int) -> dict:
     model, tokenizer = load(name)
-    profiled = variant.startswith("ours")
+    ours = variant.startswith("ours")  # and profiled, in one step more
     config = RunConfig.from_parameters(
-        {"rl_steps": steps + profiled, "batch_size": PROMPTS_PER_STEP * group_size, "group_size": group_size}
+        {"rl_steps": steps + ours, "batch_size": PROMPTS_PER_STEP * group_size, "group_size": group_size}
     )
     with tempfile.TemporaryDirectory() as scratch:
         settings = settings_of(variant, training.grpo_config(config, 0, scratch, ANSWER))
@@ -142,14 +145,16 @@ def grpo(variant: str, name: str, length: int, group_size: int, steps: int) -> d
             settings,
             train_dataset=data,
             processing_class=tokenizer,
-            shared_prefix=profiled,
+            shared_prefix=ours,
         )
-        measured = train(trainer, profiled)
+        measured = train(trainer, ours)
     rows = PROMPTS_PER_STEP * group_size
-    # Forward passes count 1, backward passes 2. Sampling, then scoring with its gradient.
+    # Forward passes count 1, backward passes 2. Sampling, then scoring with its gradient; what is needed at least
+    # encodes a prompt once for both, and projects a prompt's last token and all but the last of a completion.
     plain = rows * (length + ANSWER - 1) + 3 * rows * (length + ANSWER)
-    needed = 4 * (PROMPTS_PER_STEP * length + rows * (ANSWER - 1))
-    flops = 2 * (body(model) * needed + model.lm_head.weight.numel() * 4 * rows * ANSWER)
+    needed = 3 * PROMPTS_PER_STEP * length + 4 * rows * (ANSWER - 1)
+    projected = 3 * PROMPTS_PER_STEP + 4 * rows * (ANSWER - 1)
+    flops = 2 * (body(model) * needed + model.lm_head.weight.numel() * projected)
     return measured | {
         "floor": plain / needed,
         "tokens": rows * (length + ANSWER),
@@ -159,17 +164,17 @@ def grpo(variant: str, name: str, length: int, group_size: int, steps: int) -> d
 
 def sft(variant: str, name: str, batch_size: int, steps: int) -> dict:
     model, tokenizer = load(name)
-    profiled = variant.startswith("ours")
-    config = RunConfig.from_parameters({"sft_steps": steps + profiled, "batch_size": batch_size})
+    ours = variant.startswith("ours")
+    config = RunConfig.from_parameters({"sft_steps": steps + ours, "batch_size": batch_size})
     corpus = corpora.load_corpus(config)
     with tempfile.TemporaryDirectory() as scratch:
         settings = settings_of(variant, training.sft_config(config, 0, scratch))
         set_seed(0)
         data = corpora.sft_dataset(tokenizer, corpus.splits["train"], "label")
         trainer = PrefixSharingSFTTrainer(
-            model, settings, train_dataset=data, processing_class=tokenizer, shared_prefix=profiled
+            model, settings, train_dataset=data, processing_class=tokenizer, shared_prefix=ours
         )
-        measured = train(trainer, profiled)
+        measured = train(trainer, ours)
     texts = [p + c for p, c in zip(data["prompt"], data["completion"], strict=True)]
     mean = statistics.mean(len(ids) for ids in tokenizer(texts)["input_ids"])
     ids = [torch.tensor(row) for row in tokenizer(list(data["prompt"]))["input_ids"]]
@@ -183,33 +188,41 @@ def sft(variant: str, name: str, batch_size: int, steps: int) -> dict:
     }
 
 
-def evaluate(variant: str, name: str, sentences: int, with_loss: bool) -> dict:
+def evaluate(variant: str, name: str, sentences: int, every_metric: bool) -> dict:
     """Answers to a split, ours by scoring the closed set, plain by `generate`: one sampled answer a sentence.
 
-    `with_loss`: the plain one computes the SFT loss of the labels too, which scores give.
+    `every_metric`: the plain one also decodes greedily (accuracy, MCC) and computes the SFT loss of the labels, which
+    ours reads off the same scores. Its sentences are sorted by length too.
     """
     model, tokenizer = load(name)
     model.eval()
     frame = corpora.load_corpus(RunConfig.from_parameters({"train_sentences": sentences})).splits["train"]
     prompts = corpora.prompt_texts(tokenizer, list(frame["sentence"]), "label")
     answers = corpora.answer_texts(tokenizer, "label")
-    gold = [prompt + answers[label] for prompt, label in zip(prompts, frame["label"], strict=True)]
+    order = sorted(range(len(prompts)), key=lambda row: len(tokenizer(prompts[row])["input_ids"]))
+    prompts = [prompts[row] for row in order]
+    gold = [prompts[at] + answers[frame["label"][row]] for at, row in enumerate(order)]
 
-    def encode(texts: list[str], side: str):
-        return tokenizer(texts, return_tensors="pt", padding=True, padding_side=side).to(model.device)
+    def encode(texts: list[str]):
+        return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
 
     @torch.no_grad()
     def answer(count: int) -> None:
         if variant.startswith("ours"):
             evaluation.score_responses(model, tokenizer, prompts[:count], [answers] * count)
             return
-        for at in range(0, count, evaluation.PROMPTS_PER_BATCH):
-            part = encode(prompts[at : at + evaluation.PROMPTS_PER_BATCH], "left")
-            model.generate(**part, do_sample=True, min_new_tokens=ANSWER, max_new_tokens=ANSWER,
-                           pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-        for at in range(0, count if with_loss else 0, 32):  # 32: logits of every position, 0.2 GB each time
-            part = encode(gold[at : at + 32], "right")
-            model(**part, labels=part["input_ids"].masked_fill(part["attention_mask"] == 0, -100))
+        size = int(variant.split()[1])
+        for at in range(0, count, size):
+            part = encode(prompts[at : min(at + size, count)])
+            for do_sample in (True, False) if every_metric else (True,):
+                model.generate(**part, do_sample=do_sample, min_new_tokens=ANSWER, max_new_tokens=ANSWER,
+                               pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+            if every_metric:
+                part = encode(gold[at : min(at + size, count)])
+                logits = model(**part, logits_to_keep=ANSWER + 1).logits[:, :-1]
+                torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1).float(), part["input_ids"][:, -ANSWER:].flatten()
+                )
 
     answer(8)  # warms up
     synchronise()
@@ -221,7 +234,7 @@ def evaluate(variant: str, name: str, sentences: int, with_loss: bool) -> dict:
     tokens = sum(map(len, ids))
     shared = len(os.path.commonprefix(ids))
     # An answer is its word and EOS: the word follows from the prompt, EOS from one more token.
-    plain = tokens + len(ids) + (tokens + ANSWER * len(ids) if with_loss else 0)
+    plain = (tokens + len(ids)) * (2 if every_metric else 1) + (tokens + ANSWER * len(ids) if every_metric else 0)
     needed = tokens - shared * (len(ids) - 1) + len(answers) * len(ids)
     flops = 2 * (body(model) * needed + model.lm_head.weight.numel() * (1 + len(answers)) * len(ids))
     return {"seconds": seconds, "floor": plain / needed, "tokens": tokens, "flops": flops}
