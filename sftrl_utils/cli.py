@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from sftrl_utils.config import PRESETS, InputError, RunConfig
+from sftrl_utils.records import PIPELINES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     book.set_defaults(command=_book)
 
     run = commands.add_parser("run", help="train (or load) the stages of one pipeline without a notebook")
-    run.add_argument("pipeline", help="sft, grpo, sft_then_rl, rl_then_sft, sft_then_sft or rl_then_rl")
+    run.add_argument("pipeline", help=f"one of {', '.join(PIPELINES.values())}")
     run.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a notebook parameter, e.g. -p preset smoke -p seed 1; may be repeated",

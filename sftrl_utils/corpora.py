@@ -30,6 +30,23 @@ PROMPTS = {
         "Is this sentence acceptable English? Answer acceptable or unacceptable and give a reason.\n{sentence}"
     ),
 }
+# The same question in other words, the first as in training: a judgement should not hang on the wording.
+PARAPHRASES = {
+    "label": (
+        PROMPTS["label"],
+        "Answer with one word, acceptable or unacceptable: is this acceptable English?\n{sentence}",
+        "{sentence}\nIs this sentence acceptable English? Answer with one word, acceptable or unacceptable.",
+        "Is this English sentence acceptable or unacceptable? Answer with one word.\n{sentence}",
+        "Sentence: {sentence}\nIs it acceptable English? Answer acceptable or unacceptable.",
+    ),
+    "rationale": (
+        PROMPTS["rationale"],
+        "Answer acceptable or unacceptable and give a reason: is this acceptable English?\n{sentence}",
+        "{sentence}\nIs this sentence acceptable English? Answer acceptable or unacceptable and give a reason.",
+        "Is this English sentence acceptable or unacceptable? Answer and give a reason.\n{sentence}",
+        "Sentence: {sentence}\nIs it acceptable English? Answer acceptable or unacceptable and give a reason.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -103,11 +120,17 @@ def write_graded_corpus(folder: Path, counts: dict[str, int]) -> None:
         grammar.write_tsv(grammar.examples(split, count), folder / COLA_FILES[split])
 
 
-def prompt_texts(tokenizer: PreTrainedTokenizerBase, sentences: list[str], style: str) -> list[str]:
-    """Chat-template renderings (thinking off) of the question about each sentence, ready to be continued."""
+def prompt_texts(
+    tokenizer: PreTrainedTokenizerBase, sentences: list[str], style: str, paraphrase: int = 0
+) -> list[str]:
+    """Chat-template renderings (thinking off) of the question about each sentence, ready to be continued.
+
+    `paraphrase` chooses one of `PARAPHRASES[style]`; 0 is the question of training.
+    """
+    template = PARAPHRASES[style][paraphrase]
     return [
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": PROMPTS[style].format(sentence=sentence)}],
+            [{"role": "user", "content": template.format(sentence=sentence)}],
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=False,

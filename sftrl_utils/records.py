@@ -29,6 +29,9 @@ PIPELINES = {
     ("grpo", "sft"): "rl_then_sft",
     ("sft", "sft"): "sft_then_sft",
     ("grpo", "grpo"): "rl_then_rl",
+    ("constant",): "constant_rl",
+    ("sft", "constant"): "sft_then_constant_rl",
+    ("constant", "sft"): "constant_rl_then_sft",
 }
 
 
@@ -63,6 +66,17 @@ class RunRecord(BaseModel):
     def pipeline(self) -> str:
         """Name of the chain of stages from the base model to this one: `sft_then_rl`, …"""
         return PIPELINES.get(self.kinds, "_then_".join(self.kinds))
+
+    def provenance(self) -> pd.DataFrame:
+        """One-column table for a page: where the stage's numbers come from, and whether they may be used."""
+        names = ("stage", "parent", "seed", "device", "wall_s", "started", "git_commit")
+        rows = {("run", name): str(getattr(self, name)) for name in names}
+        rows |= {("version", name): version for name, version in self.versions.items()}
+        differences = self.trainer_differences.items()
+        rows |= {("trainer", name): f"{ours!r} (TRL: {default!r})" for name, (default, ours) in differences}
+        rows |= {("health gate", name): verdict for name, verdict in self.gates.items()}
+        table = pd.Series(rows, name="value").to_frame()
+        return table.rename_axis(["record", "field"])
 
     @property
     def valid(self) -> bool:
@@ -103,6 +117,14 @@ def read_metrics(stage_dir: Path) -> pd.DataFrame:
     return pd.read_parquet(stage_dir / "metrics.parquet")
 
 
+def read_report(stage_dir: Path) -> pd.DataFrame:
+    """The harder judgement of a stage's end, and of its start where that is the base model: see `protocol.report`.
+
+    Columns `point` (`start` or `end`), `metric`, `value`, `low`, `high`.
+    """
+    return pd.read_parquet(stage_dir / "report.parquet")
+
+
 def finished_stages(store: Path) -> list[Path]:
     """Folders of the finished stages in `store`, by name; half-written ones start with a dot."""
     return sorted(path.parent for path in store.glob("[!.]*/record.json"))
@@ -139,7 +161,7 @@ def runs_text(store: Path) -> str:
 
 
 def publish(store: Path, target: Path) -> int:
-    """Make `target` hold record and metrics, no weights, of every finished stage in `store`; returns how many.
+    """Make `target` hold record, metrics and report, no weights, of every finished stage in `store`; returns how many.
 
     Stages in `target` that `store` lacks are removed. Raises `ValueError` if the stages were trained by
     different versions of the code, whose numbers must not be mixed.
@@ -154,7 +176,7 @@ def publish(store: Path, target: Path) -> int:
         shutil.rmtree(old)
     for stage_dir in stages:
         (target / stage_dir.name).mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.parquet", "record.json"):
+        for name in ("metrics.parquet", "report.parquet", "record.json"):
             shutil.copyfile(stage_dir / name, target / stage_dir.name / name)
     return len(stages)
 

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,37 @@ import torch
 from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sftrl_utils import corpora, evaluation, grammar, lexicon, models, prefix_sharing, records, rewards, training
+from sftrl_utils import (
+    corpora,
+    evaluation,
+    grammar,
+    lexicon,
+    models,
+    prefix_sharing,
+    protocol,
+    records,
+    rewards,
+    training,
+)
 from sftrl_utils.config import InputError, RunConfig
 from sftrl_utils.evaluation import Evaluator
 from sftrl_utils.records import RunRecord
 
-RESULT_MODULES = (lexicon, grammar, corpora, models, rewards, evaluation, prefix_sharing, training)
-RESULT_SETTINGS = {
-    "sft": ("sft_steps", "sft_learning_rate"),
-    "grpo": ("rl_steps", "rl_learning_rate", "beta", "group_size", "loss_type"),
-}
+RESULT_MODULES = (lexicon, grammar, corpora, models, rewards, evaluation, prefix_sharing, training, protocol)
+_RL_SETTINGS = ("rl_steps", "rl_learning_rate", "beta", "group_size", "loss_type")
+RESULT_SETTINGS = {"sft": ("sft_steps", "sft_learning_rate"), "grpo": _RL_SETTINGS, "constant": _RL_SETTINGS}
 COMMON_SETTINGS = ("response_style", "seed", "batch_size", "evaluations")
 SEED_STRIDE = 1_000_003  # a second stage must not replay the first one's order of data or samples
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A finished stage in the store: its folder, record and metrics (one row per evaluation)."""
+    """A finished stage in the store: its folder, record, metrics (one row per evaluation) and report."""
 
     path: Path
     record: RunRecord
     metrics: pd.DataFrame
+    report: pd.DataFrame
 
     def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The trained model and its tokenizer."""
@@ -56,7 +67,7 @@ class Stage:
 
 
 def train_stage(config: RunConfig, kind: str, parent: Stage | None = None) -> Stage:
-    """Load the stage `kind` (`sft` or `grpo`) after `parent` (None: the base model), or train it.
+    """Load the stage `kind` (`sft`, `grpo` or `constant`) after `parent` (None: the base model), or train it.
 
     The stage's folder is named by a hash of all that its numbers depend on. A lock keeps two processes
     from training it twice; it is written under another name and renamed when whole, so a killed run
@@ -89,7 +100,14 @@ def train_pipeline(config: RunConfig, pipeline: str) -> list[Stage]:
 
 def open_stage(path: Path) -> Stage:
     """The finished stage in folder `path`."""
-    return Stage(path, records.read_record(path), records.read_metrics(path))
+    return Stage(path, records.read_record(path), records.read_metrics(path), records.read_report(path))
+
+
+def judged(stages: list[Stage]) -> pd.DataFrame:
+    """The harder judgement along a pipeline: rows are metrics of `protocol.report`, columns the base and each stage."""
+    columns = {"base": stages[0].report.query("point == 'start'")}
+    columns |= {" → ".join(stage.record.kinds): stage.report.query("point == 'end'") for stage in stages}
+    return pd.DataFrame({name: part.set_index("metric")["value"] for name, part in columns.items()})
 
 
 def stage_key(config: RunConfig, kind: str, corpus_revision: str, parent: Stage | None) -> dict[str, Any]:
@@ -135,6 +153,8 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
         shutil.rmtree(leftover)
     model, tokenizer = parent.load_model() if parent else models.load(config.model)
     evaluator = Evaluator(corpus, tokenizer, config.response_style)
+    judge = partial(protocol.report, tokenizer=tokenizer, frame=corpus.splits["dev"], style=config.response_style)
+    reports = {} if parent else {"start": judge(model)}
     if parent:
         evaluator.remember("base", models.load(config.model)[0])
     depth = len(parent.record.kinds) if parent else 0
@@ -142,6 +162,7 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
     trained = training.train(
         kind, model, tokenizer, corpus, config, evaluator, (config.seed + SEED_STRIDE * depth) % 2**31
     )
+    reports["end"] = judge(model)
     record = RunRecord(
         stage=name,
         kind=kind,
@@ -151,7 +172,7 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
         model=config.model,
         corpus=config.corpus,
         seed=config.seed,
-        beta=config.beta if kind == "grpo" else parent.record.beta if parent else 0.0,
+        beta=config.beta if kind != "sft" else parent.record.beta if parent else 0.0,
         config=config.model_dump(mode="json", exclude={"out_dir"}),
         key=key,
         versions=records.versions(),
@@ -166,6 +187,7 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
     unfinished = store / f".{name}.{os.getpid()}.tmp"
     models.save(model, tokenizer, unfinished / "model")
     trained.metrics.to_parquet(unfinished / "metrics.parquet", index=False)
+    pd.concat(reports, names=["point"]).reset_index().to_parquet(unfinished / "report.parquet", index=False)
     (unfinished / "record.json").write_text(record.model_dump_json(indent=2), encoding="utf-8")
     shutil.rmtree(store / name, ignore_errors=True)  # a folder without a record is nobody's
     unfinished.rename(store / name)

@@ -23,7 +23,7 @@ from sftrl_utils.config import InputError, RunConfig
 from sftrl_utils.corpora import ANSWERS, Corpus, response_text, rl_dataset, sft_dataset
 from sftrl_utils.evaluation import Evaluator
 from sftrl_utils.prefix_sharing import PrefixSharingGRPOTrainer, PrefixSharingSFTTrainer
-from sftrl_utils.rewards import verifier
+from sftrl_utils.rewards import constant_reward, verifier
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,15 @@ def train(
     evaluator: Evaluator,
     seed: int,
 ) -> TrainedStage:
-    """Train `model` in place by `kind` (`sft` or `grpo`), evaluating at step 0, in between and at the end."""
+    """Train `model` in place by `kind`, evaluating at step 0, in between and at the end.
+
+    `kind`: `sft`; `grpo`, rewarded by the verifier; `constant`, GRPO with the same reward for every response.
+    """
     datasets.disable_progress_bars()
     set_seed(seed)
     frame, style = corpus.splits["train"], config.response_style
     with tempfile.TemporaryDirectory() as scratch:
-        steps = {"sft": config.sft_steps, "grpo": config.rl_steps}[kind]
+        steps = config.sft_steps if kind == "sft" else config.rl_steps
         watcher = _Watcher(evaluator, steps, config.evaluations, f"{kind}, seed {config.seed}")
         if kind == "sft":
             settings = sft_config(config, seed, scratch)
@@ -135,7 +138,7 @@ def train(
             settings = grpo_config(config, seed, scratch, longest_response(tokenizer, frame, style) + 2)
             trainer = PrefixSharingGRPOTrainer(
                 model,
-                verifier(style),
+                {"grpo": verifier(style), "constant": constant_reward}[kind],
                 settings,
                 train_dataset=rl_dataset(tokenizer, frame, style),
                 processing_class=tokenizer,
@@ -151,7 +154,10 @@ def train(
     chosen, default = _settings(settings), _defaults(type(settings))
     differences = {name: (default[name], value) for name, value in chosen.items() if value != default.get(name)}
     metrics = pd.DataFrame(watcher.rows)
-    return TrainedStage(metrics, health_gates(metrics, watcher.logs), chosen, differences)
+    gates = health_gates(metrics, watcher.logs)
+    if kind == "constant":
+        del gates["reward_variance"]  # there is none, and should not be
+    return TrainedStage(metrics, gates, chosen, differences)
 
 
 def longest_response(tokenizer: PreTrainedTokenizerBase, frame: pd.DataFrame, style: str) -> int:

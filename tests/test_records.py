@@ -35,7 +35,7 @@ def test_one_line_a_stage(published):
 
 def test_publishing_copies_records_and_metrics_but_no_weights(published):
     names = {path.name for path in published.rglob("*") if path.is_file()}
-    assert names == {"metrics.parquet", "record.json"}
+    assert names == {"metrics.parquet", "report.parquet", "record.json"}
 
 
 def test_an_invalid_stage_says_which_gate_it_failed(published):
@@ -46,6 +46,14 @@ def test_an_invalid_stage_says_which_gate_it_failed(published):
     table = records.runs_table(published).set_index("stage")
     assert table.loc[record["stage"], "gates"] == "eos: 1.00 of completions have no EOS"
     assert not records.read_record(path.parent).valid
+
+
+def test_the_provenance_of_a_stage_is_a_table_for_a_page(sft_then_rl):
+    record = sft_then_rl[1].record
+    table = record.provenance()["value"]
+    assert table["trainer", "loss_type"] == "'grpo' (TRL: 'dapo')"
+    assert set(table["health gate"]) == {"ok"} and set(table["version"].index) == set(records.PACKAGES)
+    assert table["run", "seed"] == "0" and table["run", "stage"] == record.stage
 
 
 def test_metrics_are_chosen_by_record_fields(published, sft_then_rl):

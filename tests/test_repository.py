@@ -19,7 +19,7 @@ ROWS = [
     {"publishing", "sweeps"},
     {"claims", "figures"},
     {"stages"},
-    {"training", "pretraining"},
+    {"training", "pretraining", "protocol"},
     {"evaluation", "rewards", "prefix_sharing"},
     {"corpora", "models"},
     {"statements", "counterexamples"},

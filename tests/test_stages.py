@@ -19,7 +19,7 @@ METRICS = {"sft_loss", "sft_loss_sum", "mean_reward", "greedy_accuracy", "mcc", 
 
 def test_a_stage_leaves_a_model_a_table_and_a_record(sft_then_rl, small_config):
     for stage in sft_then_rl:
-        assert {path.name for path in stage.path.iterdir()} == {"model", "metrics.parquet", "record.json"}
+        assert {path.name for path in stage.path.iterdir()} == {"model", "metrics.parquet", "report.parquet", "record.json"}
         assert (stage.path / "model" / "model.safetensors").is_file()
         columns = {f"{metric}_{split}" for metric in METRICS for split in ("train", "dev", "heldout")}
         assert columns <= set(stage.metrics) and stage.metrics[list(columns)].notna().all(axis=None)
@@ -48,6 +48,25 @@ def test_the_same_run_from_an_empty_store_gives_identical_metrics(sft_then_rl, s
     again = stages.train_pipeline(small_config.model_copy(update={"out_dir": tmp_path}), "sft_then_rl")
     for one, other in zip(sft_then_rl, again, strict=True):
         pd.testing.assert_frame_equal(one.metrics, other.metrics, check_exact=True)
+
+
+def test_a_constant_reward_changes_nothing(sft_then_rl, small_config):
+    """Group-relative advantages of equal rewards are 0: what RL does, its reward does."""
+    control = stages.train_pipeline(small_config, "sft_then_constant_rl")[-1]
+    assert control.record.valid and control.record.pipeline == "sft_then_constant_rl"
+    start, end = control.metrics.iloc[0], control.metrics.iloc[-1]
+    pd.testing.assert_series_equal(start.drop("step"), end.drop("step"), check_names=False)
+    assert end["sft_loss_dev"] == sft_then_rl[0].metrics["sft_loss_dev"].iloc[-1]
+
+
+def test_the_report_follows_the_pipeline(sft_then_rl):
+    table = stages.judged(sft_then_rl)
+    assert list(table.columns) == ["base", "sft", "sft → grpo"] and table.notna().all(axis=None)
+    for stage, column in zip(sft_then_rl, table.columns[1:], strict=True):
+        assert table.loc["mean_reward", column] == pytest.approx(stage.metrics["mean_reward_dev"].iloc[-1], abs=1e-9)
+    assert table.loc["mean_reward", "base"] == pytest.approx(
+        sft_then_rl[0].metrics["mean_reward_dev"].iloc[0], abs=1e-9
+    )
 
 
 def test_another_seed_gives_other_metrics(sft_then_rl, small_config):
