@@ -12,6 +12,19 @@ from scipy.stats import bootstrap
 from sftrl_utils.config import data_dir
 from sftrl_utils.records import second_stage
 
+# Ratios to tuned TRL that the trainers and the evaluation were built to reach, by case of `make bench`.
+SPEED_TARGETS = {
+    "grpo, smollm2, 40 + 2, G = 8": 10.0,
+    "grpo, smollm2, 256 + 2, G = 8": 12.0,
+    "grpo, tiny, 40 + 2, G = 8": 2.5,
+    "sft, smollm2": 1.3,
+    "sft, tiny": 1.3,
+    "eval, smollm2": 3.0,
+    "eval, smollm2, every metric": 3.0,
+    "eval, tiny": 3.0,
+    "eval, tiny, every metric": 3.0,
+}
+
 
 def published_results() -> Path:
     """Store of the published stages (records and metrics, no weights)."""
@@ -75,6 +88,13 @@ def benchmark() -> pd.DataFrame:
     files = sorted((published_results() / "bench").glob("*.json"))
     rows = [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))]
     return pd.DataFrame(rows).set_index(["device", "case"])
+
+
+def speed_targets(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `benchmark` that were given a target ratio to tuned TRL: target, ratio with its range, floor, verdict."""
+    targets = table.index.get_level_values("case").map(SPEED_TARGETS)
+    rows = table[["ratio", "ratio_min", "ratio_max", "floor_ratio"]].assign(target=targets).dropna()
+    return rows.assign(reached=rows["ratio"] >= rows["target"])
 
 
 def step_profiles(table: pd.DataFrame) -> pd.DataFrame:

@@ -96,7 +96,7 @@ def several_best_durations(lam: float = 3.0) -> dict[str, float]:
 
 
 def cosines_differ_in_sign() -> dict[str, float]:
-    """Euclidean gradients of the two objectives oppose each other while RL lowers the SFT loss, and the reverse."""
+    """Euclidean gradients of the two objectives oppose each other while natural-gradient RL lowers the SFT loss."""
     log_p, log_q = log_probabilities([[0.05, 0.15, 0.8]]), log_probabilities([[0.15, 0.15, 0.7]])
     reward = np.array([[1.0, 0.0, 0.5]])
     values = {}

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import logsumexp
+from scipy.integrate import quad_vec
+from scipy.special import comb, logsumexp
 
 from sftrl_utils import tabular
 from sftrl_utils.tabular import Array, average, expectation, kl, mean_reward, sft_loss, variance
@@ -126,11 +127,11 @@ def gibbs_optimum(m: Instances) -> list[Check]:
 
 
 def gibbs_composition(m: Instances) -> list[Check]:
-    half = tabular.gibbs(m.log_s, m.reward, m.eta / 2)
-    twice, once = tabular.gibbs(half, m.reward, m.eta / 2), tabular.gibbs(m.log_s, m.reward, m.eta)
+    first = tabular.gibbs(m.log_s, m.reward, m.eta / 3)
+    both, once = tabular.gibbs(first, m.reward, m.eta * 2 / 3), tabular.gibbs(m.log_s, m.reward, m.eta)
     rate = _derivative(lambda eta: (m.weights * _tilted_mean(m.log_s, m.reward, eta)).sum(-1), m.eta)
     return [
-        identity("RL for η/2, twice, is RL for η", twice, once),
+        identity("RL for η/3, then 2η/3, is RL for η", both, once),
         identity("dR/dη = E Var r", rate, average(variance(once, m.reward), m.weights)),
     ]
 
@@ -191,11 +192,14 @@ def long_rl(m: Instances) -> list[Check]:
 
 def rl_threshold(m: Instances) -> list[Check]:
     lead = mean_reward(m.log_q, m.reward, m.weights) - mean_reward(m.log_s, m.reward, m.weights)
-    ahead = m[lead <= 0]
+    short = average(m.reward.max(-1), m.weights) - mean_reward(m.log_q, m.reward, m.weights)
+    rounding = 1e-12 * np.abs(m.reward).max((-2, -1))
+    ahead, behind = m[lead <= 0], m[lead > rounding]
     lines = [bound("R(q) ≤ R(s): 0 ≤ Δ", np.zeros(len(ahead)), _change(ahead, ahead.eta))]
+    lines += _labels_that_earn_the_most(behind)
+    turning = (lead > rounding) & (short > rounding)
+    m, lead = m[turning], lead[turning]
     crossing = tabular.break_even(m.log_q, m.log_s, m.reward, m.weights)
-    below = (crossing > 0) & np.isfinite(crossing)
-    m, lead, crossing = m[below], lead[below], crossing[below]
     best = tabular.best_duration(m.log_q, m.log_s, m.reward, m.weights)
     trained = tabular.gibbs(m.log_s, m.reward, best)
     width = average(tabular.reward_range(m.reward) ** 2, m.weights)
@@ -206,6 +210,7 @@ def rl_threshold(m: Instances) -> list[Check]:
     with np.errstate(divide="ignore"):
         latest = 2 * lead / np.minimum.reduce([*spreads, np.full(len(m), np.inf)])
     return lines + [
+        identity("0 < η* < ∞", (crossing > 0) & np.isfinite(crossing), np.ones(len(m))),
         identity("Δ(η*) = 0", _change(m, crossing), np.zeros(len(m))),
         bound("Δ(η*/2) ≤ 0", _change(m, crossing / 2), np.zeros(len(m))),
         bound("0 ≤ Δ(2η*)", np.zeros(len(m)), _change(m, 2 * crossing)),
@@ -220,14 +225,31 @@ def rl_threshold(m: Instances) -> list[Check]:
     ]
 
 
-def agreeing_verifier(m: Instances) -> list[Check]:
-    right = m.reward >= np.median(m.reward, axis=-1, keepdims=True)
-    log_q = np.where(right, m.log_p, -np.inf)
+def _labels_that_earn_the_most(m):
+    """Item 4 of the threshold: the data put on the best responses alone."""
+    best = m.reward == m.reward.max(-1, keepdims=True)
+    log_q = np.where(best, m.log_p, -np.inf)
     log_q = log_q - logsumexp(log_q, axis=-1, keepdims=True)
-    reward = np.where(right, 1.0, -1.0)
+    change = tabular.sft_loss_change(log_q, m.log_s, m.reward, m.eta, m.weights)
+    moved = average(kl(tabular.gibbs(m.log_s, m.reward, m.eta), m.log_s), m.weights)
+    lead = mean_reward(log_q, m.reward, m.weights) - mean_reward(m.log_s, m.reward, m.weights)
+    crossing = tabular.break_even(log_q, m.log_s, m.reward, m.weights)
+    clear = lead > 1e-12 * np.abs(m.reward).max((-2, -1))
+    return [
+        bound("R(q) = E max r: Δ ≤ −KL(p_η ‖ s)", change, -moved),
+        identity("R(q) = E max r: η* = ∞", crossing[clear], np.full(clear.sum(), np.inf)),
+    ]
+
+
+def agreeing_verifier(m: Instances) -> list[Check]:
+    accepted = m.reward >= np.median(m.reward, axis=-1, keepdims=True)
+    labelled = m.reward == m.reward.max(-1, keepdims=True)  # on some prompts all that is accepted, on others less
+    log_q = np.where(labelled, m.log_p, -np.inf)
+    log_q = log_q - logsumexp(log_q, axis=-1, keepdims=True)
+    reward = np.where(accepted, 1.0, -1.0)
     with np.errstate(divide="ignore"):
-        log_s_right = logsumexp(np.where(right, m.log_s, -np.inf), axis=-1)
-        log_s_wrong = logsumexp(np.where(right, -np.inf, m.log_s), axis=-1)
+        log_s_right = logsumexp(np.where(accepted, m.log_s, -np.inf), axis=-1)
+        log_s_wrong = logsumexp(np.where(accepted, -np.inf, m.log_s), axis=-1)
     change = tabular.sft_loss_change(log_q, m.log_s, reward, m.eta, m.weights)
     closed = average(np.logaddexp(log_s_right, log_s_wrong - 2 * m.eta[:, None]), m.weights)
     later = tabular.sft_loss_change(log_q, m.log_s, reward, 2 * m.eta, m.weights)
@@ -243,9 +265,12 @@ def noisy_labels(m: Instances) -> list[Check]:
     enumerated = np.einsum("yl,nxl->nxy", labels, np.exp(m.log_q))
     earned = average(2 * np.exp(2 * m.log_q).sum(-1) - 1, m.weights)
     reward = tabular.label_reward(m.log_q)
+    most = average(2 * np.exp(m.log_q.max(-1)) - 1, m.weights)
     return [
         identity("E r(y) = 2q(y) − 1", reward, enumerated),
         identity("R(q) = E[2 Σ q² − 1]", mean_reward(m.log_q, reward, m.weights), earned),
+        identity("best response: E[2 max q − 1]", average(enumerated.max(-1), m.weights), most),
+        bound("R(q) ≤ E[2 max q − 1]", mean_reward(m.log_q, reward, m.weights), most),
     ]
 
 
@@ -291,8 +316,16 @@ def forgetting(m: Instances) -> list[Check]:
     trained = tabular.gibbs(m.log_pi, m.reward, m.eta)
     drop = mean_reward(trained, m.reward, m.weights) - mean_reward(m.log_pi, m.reward, m.weights)
     both = average(kl(trained, m.log_pi) + kl(m.log_pi, trained), m.weights)
+    few = m[:10]  # an integral costs hundreds of policies
+
+    def spread(part):
+        log_p = tabular.gibbs(few.log_pi, few.reward, part * few.eta)
+        return few.eta * average(variance(log_p, few.reward), few.weights)
+
+    summed, _ = quad_vec(spread, 0, 1, epsabs=1e-12, epsrel=1e-11, norm="max", points=np.linspace(0, 1, 17)[1:-1])
     return [
         identity("R(p_R) − R(π) = β [KL(p_R ‖ π) + KL(π ‖ p_R)]", drop, m.beta * both),
+        identity("R(p_R) − R(π) = ∫ E Var r", drop[:10], summed),
         bound("0 ≤ R(p_R) − R(π)", 0 * drop, drop),
     ]
 
@@ -359,14 +392,17 @@ def rl_flow_bounds(m: Instances, time: float = 3.0) -> list[Check]:
     moved = (displacement**2).sum((-2, -1))
     gain = mean_reward(trained, m.reward, m.weights) - mean_reward(m.log_q, m.reward, m.weights)
     least = m.weights.min(-1) * np.exp(np.minimum(trained, m.log_q).min((-2, -1)))
-    steepest = np.sqrt((tabular.reward_gradient(m.log_q, m.reward, m.weights) ** 2).sum((-2, -1)))
+    steepest = _norm(tabular.reward_gradient(m.log_q, m.reward, m.weights))
     width = tabular.reward_range(m.reward).max(-1)
     most = m.weights.max(-1)
+    turns = 3 * width**2 / 8  # ∇R turns no faster: the last bound is greatest at T = ‖∇R‖ / turns
+    short = np.divide(steepest, turns, where=turns > 0, out=np.zeros_like(turns))
+    _, step = tabular.reward_flow(m.log_q, m.reward, m.weights, short)
     return [
         bound("m D²/2 ≤ Δ", least * moved / 2, rise),
         bound("Δ ≤ ρ_max D²/4", rise, most * moved / 4),
         bound("D² ≤ T (R_T − R_0)", moved, time * gain),
-        bound("T ‖∇R‖ − 3w²T²/16 ≤ D", time * steepest - 3 * width**2 * time**2 / 16, np.sqrt(moved)),
+        bound("T ‖∇R‖ − 3w²T²/16 ≤ D", short * steepest - turns * short**2 / 2, _norm(step)),
     ]
 
 
@@ -395,22 +431,32 @@ def quadratic_duration(m: Instances) -> list[Check]:
 
 def optimal_duration(m: Instances) -> list[Check]:
     best = tabular.optimal_duration(m.log_q, m.reward, m.weights, m.beta)
-    trained = tabular.gibbs(m.log_q, m.reward, best)
-    gain = mean_reward(trained, m.reward, m.weights) - mean_reward(m.log_q, m.reward, m.weights)
-    rise = tabular.sft_loss_change(m.log_q, m.log_q, m.reward, best, m.weights)
-    spread = average(variance(trained, m.reward), m.weights)
-    utilities = []
-    for time in (best / 2, 0.9 * best, 1.1 * best, 2 * best):
-        there = tabular.gibbs(m.log_q, m.reward, time)
-        there_gain = mean_reward(there, m.reward, m.weights) - mean_reward(m.log_q, m.reward, m.weights)
-        there_rise = tabular.sft_loss_change(m.log_q, m.log_q, m.reward, time, m.weights)
-        utilities.append(there_gain - m.beta * there_rise)
-    back = average(kl(trained, m.log_q), m.weights)
-    return [
+    gain, rise, spread, back = _rl_from_data(m, best)
+    utilities = [
+        there[0] - m.beta * there[1] for there in (_rl_from_data(m, part * best) for part in (0.5, 0.9, 1.1, 2))
+    ]
+    two = (m.reward >= np.median(m.reward, axis=-1, keepdims=True)).astype(float)
+    coin = Instances(np.ones((len(m), 1)), *(a[:, :1] for a in (m.log_q, m.log_s, m.log_pi, m.log_p, two)), m.beta)
+    only = tabular.optimal_duration(coin.log_q, coin.reward, coin.weights, coin.beta)
+    around = [_rl_from_data(coin, part * only) for part in (0.1, 0.5, 0.9, 1.1, 2, 10)]
+    slopes = np.stack([there[2] - m.beta * there[0] for there in around])
+    lines = [
         identity("E Var r = λ (R_T − R_0) at T*", spread, m.beta * gain),
         bound("U(T) ≤ U(T*)", np.maximum.reduce(utilities), gain - m.beta * rise),
         identity("Δ(T) + KL(p_T ‖ q) = T (R_T − R_0)", rise + back, best * gain),
     ]
+    return lines + [
+        bound("one prompt, two values: U′ ≥ 0 before T*", 0, slopes[:3]),
+        bound("one prompt, two values: U′ ≤ 0 after T*", slopes[3:], 0),
+    ]
+
+
+def _rl_from_data(m, time):
+    """R_T − R_0, Δ(T), E Var r and KL(p_T ‖ q) of RL from q."""
+    trained = tabular.gibbs(m.log_q, m.reward, time)
+    gain = mean_reward(trained, m.reward, m.weights) - mean_reward(m.log_q, m.reward, m.weights)
+    rise = tabular.sft_loss_change(m.log_q, m.log_q, m.reward, time, m.weights)
+    return gain, rise, average(variance(trained, m.reward), m.weights), average(kl(trained, m.log_q), m.weights)
 
 
 def strong_convexity(m: Instances) -> list[Check]:
@@ -453,6 +499,7 @@ def spectral_bound(m: Instances, top: int = 8) -> list[Check]:
     natural = np.sqrt(
         average(variance(m.log_p, m.reward), m.weights) * average(tabular.chi_square(m.log_q, m.log_p), m.weights)
     )
+    radius = values.max((-2, -1))
     moving = ((loss**2).sum((-2, -1)) > 0) & ((gain**2).sum((-2, -1)) > 0)
     values, vectors, loss, gain = (array[moving] for array in (values, vectors, loss, gain))
     spectrum = values.reshape(len(values), values.shape[1] * values.shape[2])
@@ -464,7 +511,7 @@ def spectral_bound(m: Instances, top: int = 8) -> list[Check]:
     inside = np.where(kept, parts[0] * parts[1], 0).sum((-2, -1))
     outside = np.sqrt(np.clip(1 - energies[0], 0, 1) * np.clip(1 - energies[1], 0, 1))
     return [
-        bound("|⟨∇L, ∇R⟩| ≤ λ₁ √(E Var r · χ²)", product, tabular.fisher_radius(m.log_p, m.weights) * natural),
+        bound("|⟨∇L, ∇R⟩| ≤ λ₁ √(E Var r · χ²)", product, radius * natural),
         bound("|cos − top-k part| ≤ √((1 − e_L)(1 − e_R))", np.abs(cosine - inside), outside),
     ]
 
@@ -489,6 +536,32 @@ def joint_optimum(m: Instances) -> list[Check]:
             tabular.joint_gap(m.log_p, m.log_q, m.reward, m.beta, m.weights),
         ),
         bound("optimal", 0 * gap, gap),
+    ]
+
+
+def joint_optimum_kl(m: Instances) -> list[Check]:
+    lam, beta = m.beta, np.sqrt(m.beta)
+    kappa = (lam * beta)[:, None]
+    best = tabular.joint_optimum_kl(m.log_q, m.log_pi, m.reward, lam, beta)
+    p, q = np.exp(best), np.exp(m.log_q)
+    earned = expectation(best, m.reward) / beta[:, None] - kl(best, m.log_pi)
+    level = 1 / kappa + earned
+    log_z = tabular.log_partition(m.log_pi, m.reward, 1 / beta)
+    log_ratio = best - m.log_pi - m.reward / beta[:, None, None] + level[..., None]  # 0 for q = 0, W elsewhere
+
+    def objective(log_p):
+        value = tabular.rl_objective(log_p, m.log_pi, m.reward, beta, m.weights)
+        return sft_loss(log_p, m.log_q, m.weights) - lam * value
+
+    log_u = m.log_p - best
+    above = expectation(m.log_q, np.expm1(log_u) - log_u) + kappa * kl(m.log_p, best)
+    gap = objective(m.log_p) - objective(best)
+    return [
+        identity("κ p (m − r/β + log p/π) = q", kappa[..., None] * p * log_ratio, q),
+        identity("above the optimum: E_q[u − 1 − log u] + κ KL(p ‖ p*)", gap, average(above, m.weights)),
+        bound("optimal", 0 * gap, gap),
+        bound("log Z ≤ m", log_z, level),
+        bound("m ≤ log Z + 1/κ", level, log_z + 1 / kappa),
     ]
 
 
@@ -517,11 +590,12 @@ def sequential_endpoints(m: Instances) -> list[Check]:
 
 
 def interleaving(m: Instances) -> list[Check]:
-    lam = np.minimum(m.beta, 1)
+    lam = m.beta
     best = np.exp(tabular.joint_optimum(m.log_q, m.reward, lam))
-    ends = [tabular.interleaved(m.log_q, m.reward, lam, alpha) for alpha in (0.01, 0.005)]
+    alpha = 0.01 / max(1, (lam * tabular.reward_range(m.reward).max(-1)).max())  # small enough to be of first order
+    ends = [tabular.interleaved(m.log_q, m.reward, lam, part) for part in (alpha, alpha / 2)]
     distances = [np.abs(np.exp(log_p) - best).sum(-1).max(-1) for log_p in ends]
-    again = tabular.gibbs(tabular.mixture(ends[0], m.log_q, 0.01), m.reward, 0.01 * lam)
+    again = tabular.gibbs(tabular.mixture(ends[0], m.log_q, alpha), m.reward, alpha * lam)
     full = tabular.interleaved(m.log_q, m.reward, lam, 1.0)
     return [
         identity("one more round changes nothing", again, ends[0]),
@@ -533,33 +607,52 @@ def interleaving(m: Instances) -> list[Check]:
 # ---- GRPO
 
 
-def grpo_update(m: Instances) -> list[Check]:
+def grpo_update(m: Instances, group_size: int = 8) -> list[Check]:
     p = np.exp(m.log_p)
-    success = (m.reward >= np.median(m.reward, axis=-1, keepdims=True)).astype(float)
-    first, second = m.reward[..., :, None], m.reward[..., None, :]
-    lines = []
-    for scale, reward, advantage in (
-        ("none", m.reward, (first - second) / 2),
-        ("group", success, np.sign(success[..., :, None] - success[..., None, :]) / np.sqrt(2)),
-    ):
-        # E over pairs of ½ Σ A ∇log p. Its two terms are equal in expectation, and A sums to zero: no −p is left.
-        update = m.weights[..., None] * (p[..., :, None] * p[..., None, :] * advantage).sum(-1)
-        name = "means subtracted: (1 − 1/G) ∇R" if scale == "none" else "divided by the spread: c_G(a) ∇a"
-        lines.append(identity(f"{name}, G = 2", tabular.grpo_gradient(m.log_p, reward, m.weights, 2, scale), update))
-    return lines
+    # E over pairs of ½ Σ A ∇log p. Its two terms are equal in expectation, and A sums to zero: no −p is left.
+    advantage = (m.reward[..., :, None] - m.reward[..., None, :]) / 2
+    pairs = m.weights[..., None] * (p[..., :, None] * p[..., None, :] * advantage).sum(-1)
+    success = m.reward >= np.median(m.reward, axis=-1, keepdims=True)
+    a, b = ((p * side).sum(-1) for side in (success, ~success))
+    weight, rates = np.zeros_like(a), [np.zeros_like(a), np.zeros_like(a)]
+    for n in range(1, group_size):  # successes; a group of none, or of nothing else, has no advantages
+        rewards = np.repeat([1.0, 0.0], [n, group_size - n])
+        right, wrong = (rewards - rewards.mean())[[0, -1]] / np.std(rewards, ddof=1)
+        groups = comb(group_size, n) / group_size
+        # Of P(N = n) = C a^n b^(G − n), what one success, or one failure, is given its own probability.
+        rates[0] += groups * a ** (n - 1) * b ** (group_size - n) * n * right
+        rates[1] += groups * a**n * b ** (group_size - n - 1) * (group_size - n) * wrong
+        weight += groups * a ** (n - 1) * b ** (group_size - n - 1) * np.sqrt(n * (group_size - n))
+    enumerated = m.weights[..., None] * p * np.where(success, rates[0][..., None], rates[1][..., None])
+    slope = m.weights[..., None] * p * np.where(success, b[..., None], -a[..., None])
+    displayed = np.sqrt((group_size - 1) / group_size) * weight[..., None] * slope
+    given = [
+        tabular.grpo_gradient(m.log_p, m.reward, m.weights, 2, "none"),
+        tabular.grpo_gradient(m.log_p, success.astype(float), m.weights, group_size),
+    ]
+    return [
+        identity("means subtracted: (1 − 1/G) ∇R, G = 2", given[0], pairs),
+        identity(f"divided by the spread, all N, G = {group_size}", given[1], enumerated),
+        identity(f"c_G(a) ∇a as displayed, G = {group_size}", displayed, enumerated),
+    ]
 
 
 def euclidean_sharpening(m: Instances) -> list[Check]:
-    velocity = tabular.reward_gradient(m.log_p, m.reward, m.weights)
-    p = np.exp(m.log_p)
-    centred = m.weights[..., None] * (m.reward - expectation(m.log_p, m.reward)[..., None])
-    equal = m.reward[..., :, None] == m.reward[..., None, :]
-    apart = np.where(equal, velocity[..., :, None] - velocity[..., None, :], 0)
-    closed = np.where(equal, (p[..., :, None] - p[..., None, :]) * centred[..., None], 0)
-    tilted = tabular.gibbs(m.log_p, m.reward, m.eta) - m.log_p
-    kept = np.where(equal, tilted[..., :, None] - tilted[..., None, :], 0)
+    order = np.argsort(m.reward, axis=-1)  # of equal rewards neighbours are enough: differences add up
+
+    def apart(values):
+        return np.where(equal, np.diff(np.take_along_axis(values, order, -1)), 0)
+
+    rewards = np.take_along_axis(m.reward, order, -1)
+    equal = np.diff(rewards) == 0
+    centred = (rewards - expectation(m.log_p, m.reward)[..., None])[..., :-1]
+    kept = apart(tabular.gibbs(m.log_p, m.reward, m.eta) - m.log_p)
     return [
-        identity("equal rewards: d log(p_y/p_z)/dt = ρ (p_y − p_z)(r − r̄)", apart, closed),
+        identity(
+            "equal rewards: d log(p_y/p_z)/dt = ρ (p_y − p_z)(r − r̄)",
+            apart(tabular.reward_gradient(m.log_p, m.reward, m.weights)),
+            m.weights[..., None] * centred * apart(np.exp(m.log_p)),
+        ),
         identity("equal rewards, Gibbs: log(p_y/p_z) stays", kept, 0 * kept),
     ]
 
@@ -628,7 +721,7 @@ STATEMENTS: tuple[Callable[[Instances], list[Check]], ...] = (
     *(reward_change_bounds, reward_change, forgetting),
     *(gradient_flow_rates, natural_flows, pl_inequality, rl_flow_bounds),
     *(quadratic_duration, optimal_duration, strong_convexity, fisher_alignment, spectral_bound),
-    *(joint_optimum, joint_frontier, sequential_endpoints, interleaving),
+    *(joint_optimum, joint_optimum_kl, joint_frontier, sequential_endpoints, interleaving),
     *(grpo_update, euclidean_sharpening, clipped_surrogate, grpo_kl_term, grpo_fixed_point),
 )
 

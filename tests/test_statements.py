@@ -64,8 +64,6 @@ def test_a_statement_holds_on_random_instances_and_says_by_how_much(statement):
     checks = statement(m)
     assert checks and failures(statement, m) == []
     assert all(np.isfinite(check.worst) and check.line for check in checks)
-    # A bound that is never near would say little: some line of every statement is within 1 of equality.
-    assert min(abs(check.worst) for check in checks) < 1
 
 
 def test_a_wrong_identity_and_a_violated_bound_are_seen():
@@ -100,6 +98,9 @@ def one_prompt(**policies):
     )
 
 
+FAIR, SKEW = [0.5, 0.5], [0.2, 0.8]
+
+
 def worst(statement, m):
     return [check.worst for check in statement(m)]
 
@@ -108,6 +109,11 @@ def test_bounds_are_attained_where_they_should_be():
     # Half the mass moves from worst to best: TV is exact, and for short moves Pinsker nearly is.
     near = worst(statements.reward_change_bounds, one_prompt(log_p=[0.501, 0.499]))
     assert near == pytest.approx([0, 0], abs=1e-6)
+    # On two prompts in opposite directions the changes cancel, and the distances do not.
+    two = [[0.6, 0.4], [0.4, 0.6]], [FAIR, FAIR]
+    log_p, log_s = (tabular.log_probabilities(p)[None] for p in two)
+    m = Instances(FAIR * np.ones((1, 2)), *[log_s] * 3, log_p, np.array([[[1.0, -1.0]] * 2]), np.ones(1))
+    assert worst(statements.reward_change_bounds, m)[0] == pytest.approx(0.2)
     # KL(p ‖ s) is finite and KL(s ‖ p) is not: the bound is on the first.
     assert np.isfinite(worst(statements.reward_change_bounds, one_prompt(log_p=[1.0, 0.0]))[1])
     # The whole spectrum is in the top eight: nothing is outside.
@@ -120,6 +126,50 @@ def test_bounds_are_attained_where_they_should_be():
     # A fair coin has the extreme fourth cumulant: what is left of the bound is of sixth order.
     m = one_prompt(reward=[-1.0, 1.0], beta=20.0)
     assert worst(statements.sft_optimality, m)[2] == pytest.approx(0, abs=2e-9)
+
+
+EQUALITY = [
+    # statement, its lines that are attained, where
+    (statements.cross_entropy, [1], dict(log_p=SKEW, log_q=SKEW)),
+    (statements.gibbs_optimum, [2], dict(log_p=[np.e / (np.e + 1), 1 / (np.e + 1)])),  # J(p*) itself
+    (statements.sft_optimality, [1], dict(reward=[2.0, 2.0])),
+    (statements.long_rl, [0, 1], dict(beta=0.02)),  # what is left is exp(−50)
+    (statements.rl_threshold, [0], dict(reward=[1.0, 1.0])),
+    (statements.near_optimality, [0], dict(log_q=SKEW, log_s=SKEW)),
+    (statements.agreeing_verifier, [1, 2], dict(reward=[1.0, 1.0])),  # every response is accepted
+    (statements.noisy_labels, [3], dict()),  # a fair coin: every response is best
+    (statements.reward_change, [2], dict(log_p=FAIR, reward=[1.0, 1.0])),
+    (statements.forgetting, [2], dict(reward=[1.0, 1.0])),
+    (statements.pl_inequality, [0], dict(log_p=SKEW, log_q=SKEW)),
+    (statements.spectral_bound, [0], dict(log_p=SKEW, log_q=FAIR)),
+    (statements.joint_optimum, [2], dict(log_p=FAIR, reward=[1.0, 1.0])),
+    (statements.joint_optimum_kl, [2, 4], dict(reward=[1.0, 1.0])),  # p = q = π
+    (statements.sequential_endpoints, [0, 1], dict(log_q=SKEW)),
+    (statements.clipped_surrogate, [0], dict(log_p=[0.52, 0.48])),  # within 1 ± ε
+    (statements.clipped_surrogate, [1], dict(log_p=[0.9, 0.1])),  # beyond it on the side that pays
+]
+
+
+@pytest.mark.parametrize(("statement", "lines", "where"), EQUALITY, ids=lambda part: getattr(part, "__name__", ""))
+def test_equality_is_attained_where_there_is_a_case_of_it(statement, lines, where):
+    checks = statement(one_prompt(**where))
+    assert [checks[i].kind for i in lines] == ["bound"] * len(lines)
+    assert [checks[i].worst for i in lines] == pytest.approx([0] * len(lines), abs=1e-9)
+
+
+def test_both_bounds_on_the_break_even_meet_for_short_rl_from_a_fair_coin():
+    checks = statements.rl_threshold(one_prompt(log_q=[0.5005, 0.4995], reward=[1.0, -1.0]))
+    assert [check.worst for check in checks[-2:]] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_the_least_displacement_is_positive_where_it_is_checked():
+    m = statements.random_instances(20, seed=2)
+    steepest = np.sqrt((tabular.reward_gradient(m.log_q, m.reward, m.weights) ** 2).sum((-2, -1)))
+    width = tabular.reward_range(m.reward).max(-1)
+    [*_, last] = statements.rl_flow_bounds(m)
+    # D is at least the left side, 4‖∇R‖²/(3w²), and at most T ‖∇R‖ by much: twice it, and what curvature adds.
+    left = 4 * steepest**2 / (3 * width**2)
+    assert left.min() > 1e-5 and 0 < last.worst < 1.1 * left.max()
 
 
 def test_sequences_are_measured_where_they_are_said_to_end():

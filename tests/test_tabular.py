@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.special import lambertw
 from scipy.stats import entropy as scipy_entropy
 
 from sftrl_utils import tabular
@@ -196,6 +197,12 @@ def test_the_spectral_bound_and_the_cosines_are_attained_by_one_coin():
     assert tabular.alignment(log_p, log_q, -reward, ONE, "fisher")[1] == pytest.approx(-1)
 
 
+def test_the_fisher_cosine_of_two_nearly_certain_policies_is_still_one():
+    log_p, log_q = logs([1 - 3e-7, 3e-7]), logs([1 - 8e-7, 8e-7])
+    _, cosine = tabular.alignment(log_p, log_q, np.array([[1.0, 0.0]]), ONE, "fisher")
+    assert cosine == pytest.approx(-1, abs=1e-12)
+
+
 def test_one_prompt_with_two_rewards_is_where_sequences_are_optimal():
     log_q, reward = logs([0.2, 0.1, 0.3, 0.4]), np.array([[1.0, -1.0, 1.0, -1.0]])
     trained = tabular.gibbs(log_q, reward, 0.8)
@@ -256,11 +263,23 @@ def test_the_frontier_is_the_least_loss_at_its_reward():
         tabular.sft_loss(others[enough][0], log_q, weights)
         - tabular.frontier(log_q, reward, weights, tabular.mean_reward(others[enough][0], reward, weights))[0]
     )
+    # Where only the best response has no label, all that is needed goes to it: λ = 1 / E[max r − r].
+    unlabelled, lams = tabular.frontier(logs([0.0, 1.0]), np.array([[1.0, -1.0]]), ONE, np.array([-0.5, 0.5]))
+    assert lams == pytest.approx([1 / 1.5, 2]) and unlabelled == pytest.approx(-np.log([0.75, 0.25]))
     top = tabular.average(reward.max(-1), weights)
     assert 20 < tabular.frontier(log_q, reward, weights, top)[0] < np.inf
     floor = tabular.mean_reward(log_q, reward, weights)
     at_q, none = tabular.frontier(log_q, reward, weights, floor)
     assert none == 0 and at_q == pytest.approx(tabular.sft_loss(log_q, log_q, weights))
+
+
+def test_the_frontier_knows_rewards_only_up_to_a_constant():
+    log_q, reward = logs([0.2, 0.3, 0.5], [0.6, 0.3, 0.1]), np.array([[1.0, 0.0, -0.5], [-1.0, 0.5, 0.2]])
+    weights, target = np.array([0.5, 0.5]), 0.4
+    expected = tabular.frontier(log_q, reward, weights, target)
+    for shift in (-50, 50):
+        moved = tabular.frontier(log_q, reward + shift, weights, target + shift)
+        assert np.array(moved) == pytest.approx(np.array(expected), rel=1e-9)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.3, 0.05])
@@ -283,11 +302,99 @@ def test_the_optimal_duration_is_the_best_of_a_fine_search():
     assert tabular.optimal_duration(log_q, reward, weights, lam) == pytest.approx(times[utility.argmax()], abs=1e-3)
 
 
+def utility(time, log_q, reward, weights, lam):
+    gain = tabular.mean_reward(tabular.gibbs(log_q, reward, time), reward, weights)
+    gain = gain - tabular.mean_reward(log_q, reward, weights)
+    return gain - lam * tabular.sft_loss_change(log_q, log_q, reward, time, weights)
+
+
+@pytest.mark.parametrize("lam", [1e-12, 1e-4, 1.0, 1e4, 1e5, 1e12])
+def test_the_optimal_duration_of_a_fair_coin_solves_its_equation_at_any_price(lam):
+    # Var = 1 − tanh² and gain = tanh: 2 sinh T cosh T = 2/λ
+    found = tabular.optimal_duration(HALF, np.array([[1.0, -1.0]]), ONE, lam)
+    assert found == pytest.approx(np.arcsinh(2 / lam) / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1, 10, 100])
+def test_no_duration_is_better_than_the_optimal_one(scale):
+    rng = np.random.default_rng(scale)
+    weights = np.array([0.5, 0.5])
+    for _ in range(20):
+        log_q = tabular.softmax(rng.normal(size=(2, 4)) * scale)
+        reward = rng.normal(size=(2, 4)) * rng.choice([0.01, 1, 10], size=(2, 1))
+        lam = 10 ** rng.uniform(-3, 2)
+        best = tabular.optimal_duration(log_q, reward, weights, lam)
+        times = np.concatenate([np.linspace(0, 10 * best, 2000), np.logspace(-3, 5, 2000) / np.ptp(reward)])
+        others = utility(times, log_q, reward, weights, lam)
+        assert others.max() - utility(best, log_q, reward, weights, lam) <= 1e-12 * max(1, abs(others.max()))
+
+
+def test_the_optimal_duration_sees_rare_rewards_and_small_gaps():
+    log_q, reward = logs([1e-12, 1 - 1e-12], [0.5, 0.5]), np.array([[0.0, 1000.0], [0.0, 0.01]])
+    weights = np.array([0.5, 0.5])
+    best = tabular.optimal_duration(log_q, reward, weights, 1e-3)
+    assert utility(best, log_q, reward, weights, 1e-3) > utility(500.0, log_q, reward, weights, 1e-3) > 1.5e-3
+    log_q, reward = logs([1 / 3] * 3), np.array([[0.0, 1.0, 1.0001]])
+    best = tabular.optimal_duration(log_q, reward, ONE, 1e-9)
+    times = best * np.array([0.1, 0.99, 1.01, 10])
+    assert np.all(utility(times, log_q, reward, ONE, 1e-9) < utility(best, log_q, reward, ONE, 1e-9))
+    rare = logs([1 - 1e-300, 1e-300])
+    late = tabular.optimal_duration(rare, np.array([[-1.0, 1.0]]), ONE, 0.01)
+    assert late > np.log(1e300) / 2  # not before the rare response is likely
+    assert tabular.optimal_duration(logs([1.0, 0.0]), np.array([[-1.0, 1.0]]), ONE, 1.0) == 0
+    two = tabular.optimal_duration(HALF, np.array([[1.0, -1.0]]), ONE, np.array([0.5, 2.0]))
+    assert two == pytest.approx(np.arcsinh([4, 1]) / 2)
+
+
+def test_very_long_rl_keeps_a_policy():
+    log_s, reward = logs([0.2, 0.3, 0.5]), np.array([[1.0, 1.0, -1.0]])
+    assert np.exp(tabular.gibbs(log_s, reward, 1e12)) == pytest.approx(np.array([[0.4, 0.6, 0]]))
+
+
+def test_flows_take_a_time_an_instance():
+    log_s, reward = np.stack([logs([0.2, 0.3, 0.5])] * 2), np.array([[1.0, 0.0, -1.0]])
+    both, _ = tabular.reward_flow(log_s, reward, ONE, np.array([0.5, 2.0]))
+    for log_p, time in zip(both, (0.5, 2.0), strict=True):
+        assert log_p == pytest.approx(tabular.reward_flow(log_s[0], reward, ONE, time)[0], abs=1e-7)
+
+
+def test_the_joint_optimum_with_kl_lies_between_its_three_pulls():
+    rng = np.random.default_rng(4)
+    log_q, log_pi = tabular.softmax(rng.normal(size=(3, 5)) * 2), np.full((3, 5), -np.log(5))
+    reward = rng.normal(size=(3, 5))
+    joint = tabular.joint_optimum_kl
+    assert joint(log_q, log_pi, reward, 2.0, 1e-9) == pytest.approx(tabular.joint_optimum(log_q, reward, 2.0), abs=1e-6)
+    assert joint(log_q, log_pi, reward, 1e9, 0.5) == pytest.approx(tabular.gibbs(log_pi, reward, 2.0), abs=1e-6)
+    assert joint(log_q, log_pi, reward, 1e-9, 0.5) == pytest.approx(log_q, abs=1e-6)
+    assert joint(log_q, log_pi, 0 * reward, 1e-9, 1e18) == pytest.approx(log_pi, abs=1e-6)
+    extreme = joint(
+        logs([1.0, 0.0, 0.0]), tabular.softmax([[-690.0, 0.0, -1.0]]), np.array([[-5.0, 5.0, 5.0]]), 1e3, 1e-3
+    )
+    assert np.exp(extreme).sum() == pytest.approx(1) and extreme[0, 1] - extreme[0, 2] == pytest.approx(1)
+
+
+def test_the_joint_optimum_with_kl_is_stationary_and_lambert_s():
+    rng = np.random.default_rng(5)
+    log_q, log_pi = tabular.softmax(rng.normal(size=(2, 1, 5)))
+    reward, lam, beta = rng.normal(size=(1, 5)), 1.7, 0.4
+    best = tabular.joint_optimum_kl(log_q, log_pi, reward, lam, beta)
+    q, p = np.exp(log_q), np.exp(best)
+    stationary = -q / p - lam * reward + lam * beta * (best - log_pi)
+    assert stationary - stationary[..., :1] == pytest.approx(np.zeros((1, 5)), abs=1e-10)
+    # κ p W(q/(κπ) exp(m − r/β)) = q, W itself by SciPy
+    kappa = lam * beta
+    level = 1 / kappa + (tabular.expectation(best, reward) / beta - tabular.kl(best, log_pi))[:, None]
+    w = lambertw(q / (kappa * np.exp(log_pi)) * np.exp(level - reward / beta)).real
+    assert kappa * p * w == pytest.approx(q, abs=1e-12)
+
+
 def test_the_quadratic_duration_is_zero_where_rl_does_not_pay():
     gradient, hessian = np.array([1.0, 0.0]), np.diag([2.0, 1.0])
     assert tabular.quadratic_duration(gradient, hessian, np.zeros(2), 0.5) == pytest.approx(1.0)
     assert tabular.quadratic_duration(gradient, hessian, np.array([3.0, 0.0]), 0.5) == 0
     assert tabular.quadratic_duration(0 * gradient, hessian, np.zeros(2), 0.5) == 0
+    lams = tabular.quadratic_duration(gradient, hessian, np.zeros(2), np.array([0.5, 1.0]))
+    assert lams == pytest.approx([1.0, 0.5])
 
 
 # ---- GRPO
@@ -347,6 +454,8 @@ def test_the_clipped_surrogate_gains_no_more_than_its_ceiling():
 # ---- bad input
 
 P, R = HALF, np.array([[1.0, -1.0]])
+BAD, SURE, TWO = P - 1, logs([1.0, 0.0]), np.full(2, 0.5)  # no policy; a probability of zero; weights of two prompts
+THREE = np.full((3, 1, 2), np.log(0.5))  # instances
 
 
 @pytest.mark.parametrize(
@@ -357,7 +466,7 @@ P, R = HALF, np.array([[1.0, -1.0]])
         (lambda: tabular.log_probabilities([[np.nan, 1.0]], "q"), "q holds nan"),
         (lambda: tabular.log_probabilities([0.5, 0.5], "q"), r"q has shape \(2,\): it needs prompts and responses"),
         (lambda: tabular.softmax([[np.nan, 0.0]]), "logits of shape"),
-        (lambda: tabular.sft_loss(P, P - 1, ONE), r"log_p of shape \(1, 2\) has a row that sums to 0.36"),
+        (lambda: tabular.sft_loss(P, P - 1, ONE), r"log_q of shape \(1, 2\) has a row that sums to 0.36"),
         (lambda: tabular.kl(P, np.zeros((1, 3)) - np.log(3)), r"do not match: log_p \(1, 2\), log_s \(1, 3\)"),
         (lambda: tabular.gibbs(P, np.zeros((1, 3)), 1.0), r"do not match: log_s \(1, 2\), reward \(1, 3\)"),
         (lambda: tabular.gibbs(P, R, -1.0), "eta=-1.0 is not a finite number >= 0"),
@@ -385,6 +494,73 @@ P, R = HALF, np.array([[1.0, -1.0]])
         (lambda: tabular.frontier(P, R, ONE, -0.5), "target=-0.5 is not between"),
         (lambda: tabular.interleaved(P, R, 1.0, 0.0), "alpha=0.0 is not above 0 and at most 1"),
         (lambda: tabular.reward_flow(logs([1.0, 0.0]), R, ONE, 1.0), "log_s holds a probability of zero"),
+        # the right argument is blamed
+        (lambda: tabular.sft_loss(BAD, P, ONE), r"log_p of shape \(1, 2\) has a row that sums to 0.36"),
+        (lambda: tabular.joint_gap(BAD, P, R, 1.0, ONE), r"log_p of shape \(1, 2\) has a row"),
+        (lambda: tabular.sft_loss_change(BAD, P, R, 1.0, ONE), r"log_q of shape \(1, 2\) has a row"),
+        (lambda: tabular.best_duration(BAD, P, R, ONE), r"log_q of shape \(1, 2\) has a row"),
+        (lambda: tabular.break_even(P, BAD, R, ONE), r"log_s of shape \(1, 2\) has a row"),
+        (lambda: tabular.clipped_surrogate(P, BAD, R, 0.2, ONE), r"log_s of shape \(1, 2\) has a row"),
+        (
+            lambda: tabular.clipped_surrogate(P, P, R * np.inf, 0.2, ONE),
+            "advantage holds inf: advantages must be finite",
+        ),
+        # supports
+        (lambda: tabular.kl_gradient(P, SURE, ONE), r"log_s of shape \(1, 2\) excludes a response that log_p does not"),
+        (lambda: tabular.sft_loss_change(P, SURE, R, 1.0, ONE), "log_s .* excludes a response that log_q does not"),
+        (lambda: tabular.break_even(P, SURE, R, ONE), "log_s .* excludes a response that log_q does not"),
+        (lambda: tabular.joint_gap(P, SURE, R, 0.1, ONE), r"log_q of shape \(1, 2\) holds a probability of 0"),
+        (lambda: tabular.interleaved(SURE, -R, 1.0, 0.5), r"log_q of shape \(1, 2\) holds a probability of 0"),
+        (lambda: tabular.clipped_surrogate(P, SURE, R, 0.2, ONE), r"log_s of shape \(1, 2\) holds a probability of 0"),
+        (lambda: tabular.joint_optimum_kl(P, SURE, R, 1.0, 1.0), r"log_pi of shape \(1, 2\) holds a probability of 0"),
+        # numbers
+        (lambda: tabular.joint_optimum_kl(P, P, R, 0.0, 1.0), "lam=0.0 is not above 0"),
+        (lambda: tabular.joint_optimum_kl(P, P, R, 1.0, 0.0), "beta=0.0 is not above 0"),
+        (lambda: tabular.grpo_fixed_point(P, R, 1.0, 8), "success holds -1.0, which is neither 1 nor 0"),
+        (lambda: tabular.clipped_surrogate(P, P, R, -1.0, ONE), "epsilon=-1.0 is not a finite number >= 0"),
+        *[
+            (lambda lam=lam: tabular.quadratic_duration(np.ones(2), np.eye(2), np.zeros(2), lam), f"lam={lam} is not")
+            for lam in (-1.0, 0.0, np.nan, np.inf)
+        ],
+        (lambda: tabular.quadratic_duration(np.ones(2), np.eye(3), np.zeros(2), 1.0), r"hessian \(3, 3\)"),
+        (lambda: tabular.safe_distance(0.0, 0.0), "mu=0.0 is not above 0"),
+        (lambda: tabular.optimal_duration(P, R, ONE, 5e-324), "lam=5e-324 encloses no optimal duration"),
+        # shapes of what is not a policy
+        *[
+            (lambda call=call, weights=weights: call(weights), rf"do not match: weights \({len(weights)},\), prompts")
+            for weights, policy, reward in ((ONE, np.vstack([P, P]), np.vstack([R, R])), (TWO, P, R))
+            for call in (
+                lambda rho, p=policy, r=reward: tabular.average(tabular.entropy(p), rho),
+                lambda rho, p=policy, r=reward: tabular.mean_reward(p, r, rho),
+                lambda rho, p=policy, r=reward: tabular.sft_loss(p, p, rho),
+                lambda rho, p=policy, r=reward: tabular.sft_gradient(p, p, rho),
+                lambda rho, p=policy, r=reward: tabular.reward_gradient(p, r, rho),
+                lambda rho, p=policy, r=reward: tabular.kl_gradient(p, p, rho),
+                lambda rho, p=policy, r=reward: tabular.fisher(p, rho),
+                lambda rho, p=policy, r=reward: tabular.best_duration(p, p, r, rho),
+                lambda rho, p=policy, r=reward: tabular.optimal_duration(p, r, rho, 1.0),
+                lambda rho, p=policy, r=reward: tabular.frontier(p, r, rho, 0.5),
+                lambda rho, p=policy, r=reward: tabular.reward_flow(p, r, rho, 1.0),
+            )
+        ],
+        (lambda: tabular.mean_reward(P, R, np.full(3, 1 / 3)), r"do not match: weights \(3,\), prompts \(1,\)"),
+        (lambda: tabular.mean_reward(THREE, R, np.ones((2, 1))), r"do not match: weights \(2, 1\), prompts \(3, 1\)"),
+        *[
+            (lambda call=call: call(TWO), rf"do not match: {name} \(2,\), instances \(3,\)")
+            for name, call in {
+                "eta": lambda two: tabular.gibbs(THREE, R, two),
+                "beta": lambda two: tabular.rl_objective(THREE, P, R, two, ONE),
+                "lam": lambda two: tabular.joint_optimum(THREE, R, two),
+                "t": lambda two: tabular.mixture(THREE, P, two),
+                "target": lambda two: tabular.frontier(THREE, R, ONE, two),
+                "time": lambda two: tabular.reward_flow(THREE, R, ONE, two),
+            }.items()
+        ],
+        (lambda: tabular.optimal_duration(THREE, R, ONE, TWO), r"do not match: lam \(2,\), instances \(3,"),
+        (lambda: tabular.interleaved(THREE, R, TWO, 0.5), r"do not match: lam \(2,\), instances \(3,"),
+        (lambda: tabular.grpo_fixed_point(THREE, R > 0, TWO, 8), r"do not match: beta \(2,\), instances \(3,"),
+        (lambda: tabular.mixture(P, np.vstack([P, P]), 0.5), r"do not match: log_s \(1, 2\), log_q \(2, 2\)"),
+        (lambda: tabular.mixture(P, logs([0.2, 0.3, 0.5]), 0.5), r"do not match: log_s \(1, 2\), log_q \(1, 3\)"),
     ],
 )
 def test_bad_input_names_the_argument_and_its_value(call, message):
