@@ -21,9 +21,7 @@ SAMPLING_SEEDS = 3
 VOTES = (4, 16)  # samples a prompt: what test-time compute buys
 
 
-def report(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, frame: pd.DataFrame, style: str
-) -> pd.DataFrame:
+def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, frame: pd.DataFrame, style: str) -> pd.DataFrame:
     """Index `metric`, columns `value`, `low`, `high`: what `model` is worth on the N sentences of `frame`.
 
     `robust_mean_reward` is mean@1 over paraphrases and sampling seeds (`robust_mean_reward`); the others are at the

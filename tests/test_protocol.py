@@ -24,7 +24,9 @@ def model(sft_then_rl):
 
 def policies(sentences=6):
     weights = hnp.arrays(float, (sentences, 3), elements=st.floats(0.01, 1))
-    return st.tuples(weights.map(lambda w: w / w.sum(1, keepdims=True)), hnp.arrays(int, sentences, elements=st.integers(0, 1)))
+    return st.tuples(
+        weights.map(lambda w: w / w.sum(1, keepdims=True)), hnp.arrays(int, sentences, elements=st.integers(0, 1))
+    )
 
 
 @given(policies(), st.integers(1, 5))

@@ -19,7 +19,12 @@ METRICS = {"sft_loss", "sft_loss_sum", "mean_reward", "greedy_accuracy", "mcc", 
 
 def test_a_stage_leaves_a_model_a_table_and_a_record(sft_then_rl, small_config):
     for stage in sft_then_rl:
-        assert {path.name for path in stage.path.iterdir()} == {"model", "metrics.parquet", "report.parquet", "record.json"}
+        assert {path.name for path in stage.path.iterdir()} == {
+            "model",
+            "metrics.parquet",
+            "report.parquet",
+            "record.json",
+        }
         assert (stage.path / "model" / "model.safetensors").is_file()
         columns = {f"{metric}_{split}" for metric in METRICS for split in ("train", "dev", "heldout")}
         assert columns <= set(stage.metrics) and stage.metrics[list(columns)].notna().all(axis=None)
