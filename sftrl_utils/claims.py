@@ -98,9 +98,13 @@ def speed_targets(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def step_profiles(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `benchmark` that were profiled: shares of a step's time by operation, NaN where it is not costly."""
+    """Rows of `benchmark` that were profiled: shares of a step's time by operation, and of all else.
+
+    Only the costliest operations of a row are recorded: NaN says that this one is part of `all else`.
+    """
     profiles = table["profile"].dropna()
-    return pd.DataFrame(list(profiles), index=profiles.index)
+    shares = pd.DataFrame(list(profiles), index=profiles.index)
+    return shares.assign(**{"all else": 1 - shares.sum(axis=1)})
 
 
 def step_seconds(table: pd.DataFrame) -> pd.DataFrame:

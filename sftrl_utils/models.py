@@ -93,8 +93,9 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
 
 
 def _unloadable(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
     return (
-        f"model={name!r} cannot be loaded: {str(error).strip().splitlines()[0]} Use {EMBEDDED!r}, a folder with "
+        f"model={name!r} cannot be loaded: {reason}. Use {EMBEDDED!r}, a folder with "
         "config.json and safetensors, a .gguf file, or a hub id that can be reached"
     )
 
