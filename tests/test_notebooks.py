@@ -17,7 +17,7 @@ LEAVES = {
     "01_theory": set(),
     "02_sft": {"sft"},
     "03_grpo": {"grpo"},
-    "04_sft_then_rl": {"sft", "sft_then_rl"},
+    "04_sft_then_rl": {"sft", "sft_then_rl", "sft_then_constant_rl"},
     "05_rl_then_sft": {"grpo", "rl_then_sft"},
     "08_costs": set(),
 }
@@ -53,7 +53,8 @@ def test_a_notebook_runs_from_any_folder_and_leaves_its_stages(notebook, name, e
         assert row["beta"] == (0.0 if row["pipeline"] == "sft" else parameters.get("beta", 0.0))
         assert row["response_style"] == parameters.get("response_style", "label")
         metrics = records.read_metrics(store / row["stage"])
-        assert metrics["step"].iloc[-1] == 10 and metrics["sft_loss_dev"].notna().all()
+        last = 5 if row["pipeline"] == "sft_then_constant_rl" else 10
+        assert metrics["step"].iloc[-1] == last and metrics["sft_loss_dev"].notna().all()
         assert (store / row["stage"] / "model" / "model.safetensors").is_file()
     cells = code_cells(output)
     assert not any(out.output_type == "error" for cell in cells for out in cell.outputs)
@@ -76,8 +77,9 @@ def test_every_statement_has_its_check_and_every_check_holds(executed):
 
 def test_a_notebook_loads_what_another_one_trained(executed):
     folder, _ = executed("label")
-    # Two first stages and two second ones: 04 and 05 did not train theirs again.
-    assert len(records.finished_stages(folder / "runs")) == 4
+    # Two first stages, two second ones and the control of 04: 04 and 05 did not train their first ones again.
+    pipelines = sorted(records.runs_table(folder / "runs")["pipeline"])
+    assert pipelines == ["grpo", "rl_then_sft", "sft", "sft_then_constant_rl", "sft_then_rl"]
 
 
 def test_a_notebook_run_again_from_an_empty_store_gives_identical_metrics(executed, tmp_path):
@@ -85,7 +87,7 @@ def test_a_notebook_run_again_from_an_empty_store_gives_identical_metrics(execut
     _, run = papermill(NOTEBOOKS["04_sft_then_rl"], tmp_path, PARAMETERS["label"])
     assert run.returncode == 0, run.stderr[-2000:]
     again = records.finished_stages(tmp_path / "runs")
-    assert len(again) == 2
+    assert len(again) == 3
     for stage in again:
         first = records.read_metrics(folder / "runs" / stage.name)
         pd.testing.assert_frame_equal(records.read_metrics(stage), first, check_exact=True)
