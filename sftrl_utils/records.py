@@ -163,8 +163,8 @@ def runs_text(store: Path) -> str:
 def publish(store: Path, target: Path) -> int:
     """Make `target` hold record, metrics and report, no weights, of every finished stage in `store`; returns how many.
 
-    Stages in `target` that `store` lacks are removed. Raises `ValueError` if the stages were trained by
-    different versions of the code, whose numbers must not be mixed.
+    Stages in `target` that `store` lacks are removed. Raises `ValueError`, `target` untouched, if the stages were
+    trained by different versions of the code, whose numbers must not be mixed, or before stages had a report.
     """
     stages = finished_stages(store)
     versions_of_code = {read_record(stage_dir).key["code"] for stage_dir in stages}
@@ -172,11 +172,15 @@ def publish(store: Path, target: Path) -> int:
         raise ValueError(
             f"{store} holds stages of {len(versions_of_code)} versions of the code: train into an empty one"
         )
+    names = ("metrics.parquet", "report.parquet", "record.json")
+    lacking = [stage_dir / name for stage_dir in stages for name in names if not (stage_dir / name).is_file()]
+    if lacking:
+        raise ValueError(f"{lacking[0]} is not there, an earlier version trained this stage: train it again")
     for old in finished_stages(target):
         shutil.rmtree(old)
     for stage_dir in stages:
         (target / stage_dir.name).mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.parquet", "report.parquet", "record.json"):
+        for name in names:
             shutil.copyfile(stage_dir / name, target / stage_dir.name / name)
     return len(stages)
 

@@ -38,6 +38,18 @@ def test_publishing_copies_records_and_metrics_but_no_weights(published):
     assert names == {"metrics.parquet", "report.parquet", "record.json"}
 
 
+def test_publishing_a_stage_without_its_report_touches_nothing(published, tmp_path_factory):
+    old, target = tmp_path_factory.mktemp("old"), tmp_path_factory.mktemp("target")
+    for folder in (old, target):
+        records.publish(published, folder)
+    lacking = records.finished_stages(old)[0] / "report.parquet"
+    lacking.unlink()
+    before = sorted(path.name for path in target.rglob("*"))
+    with pytest.raises(ValueError, match="report.parquet is not there"):
+        records.publish(old, target)
+    assert sorted(path.name for path in target.rglob("*")) == before
+
+
 def test_an_invalid_stage_says_which_gate_it_failed(published):
     path = records.finished_stages(published)[0] / "record.json"
     record = json.loads(path.read_text())
