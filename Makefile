@@ -8,7 +8,7 @@ NBSTRIPOUT := $(BIN)/nbstripout --keep-id --extra-keys \
 	"metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.widgets"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test mutants bench lint format lock base results clean
+.PHONY: help setup book test slow mutants bench lint format lock base results clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -41,6 +41,9 @@ test: setup  ## run all tests with coverage
 	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html \
 		&& echo "All tests passed; coverage by line is at _build/coverage/index.html" \
 		|| { status=$$?; echo "make test: failed, see above (pytest exit status $$status)" >&2; exit $$status; }
+
+slow: setup  ## run the tests of full-size models (minutes, 12 GB of memory, a download from PyPI)
+	@$(BIN)/python -m pytest -n 0 -m slow
 
 mutants: setup  ## break every public function of the theory and name the test that notices (minutes)
 	@$(BIN)/python tests/mutants.py

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.stats import bootstrap
 
 from sftrl_utils.config import data_dir
-from sftrl_utils.records import second_stage
+from sftrl_utils.records import read_records, reports, second_stage
 
 # Ratios to tuned TRL that the trainers and the evaluation were built to reach, by case of `make bench`.
 SPEED_TARGETS = {
@@ -31,12 +31,12 @@ def published_results() -> Path:
     return data_dir() / "results"
 
 
-def seed_table(store: Path, pipeline: str, metrics: list[str], preset: str = "tiny") -> pd.DataFrame:
+def seed_table(store: Path, pipeline: str, metrics: list[str], preset: str = "tiny", beta: float = 0.0) -> pd.DataFrame:
     """One row per seed: each metric at the start and the end of the last stage of `pipeline`, and its change.
 
     Columns are a two-level index (metric, `start` | `end` | `change`). The last row, `mean`, is over seeds.
     """
-    table = second_stage(store, pipeline, preset).groupby("seed")[metrics]
+    table = second_stage(store, pipeline, preset, beta).groupby("seed")[metrics]
     start, end = table.first(), table.last()
     parts = pd.concat({"start": start, "end": end, "change": end - start}, axis=1).swaplevel(axis=1)
     parts = parts[[(metric, part) for metric in metrics for part in ("start", "end", "change")]]
@@ -60,7 +60,7 @@ def mean_change(values: np.ndarray | pd.Series) -> tuple[float, float, float]:
 
 
 def change_intervals(
-    store: Path, pipeline: str, control: str, metrics: list[str], preset: str = "tiny"
+    store: Path, pipeline: str, control: str, metrics: list[str], preset: str = "tiny", beta: float = 0.0
 ) -> pd.DataFrame:
     """Mean change of each metric over the last stage of `pipeline`, of its control, and their difference.
 
@@ -68,7 +68,9 @@ def change_intervals(
     One row per (stage, metric) with a 95 % BCa interval; `rose` counts the seeds with a positive change.
     """
     changes = {
-        name: seed_table(store, name, metrics, preset).drop("mean").xs("change", axis=1, level=1)
+        name: seed_table(store, name, metrics, preset, beta if "rl" in name else 0.0)
+        .drop("mean")
+        .xs("change", axis=1, level=1)
         for name in (pipeline, control)
     }
     changes["difference"] = changes[pipeline] - changes[control]
@@ -81,6 +83,29 @@ def change_intervals(
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
     table.index = pd.MultiIndex.from_tuples(table.index, names=["second stage", "metric"])
     return table
+
+
+def proxy_table(store: Path, preset: str = "tiny") -> pd.DataFrame:
+    """What following a reward model does, by the share of preference pairs flipped before it learned.
+
+    Means over seeds, on dev: accuracy of the reward model; change over the RL stage of the reward it gives (`proxy`)
+    and of the verifier's (`gold`), each with its 95 % interval; how many seeds.
+    """
+    rows = {}
+    for share in sorted({record.config["proxy_flipped"] for record in read_records(store) if record.kind == "proxy"}):
+        seeds = second_stage(store, "proxy_rl", preset, proxy_flipped=share).groupby("seed")
+        row = {"proxy_accuracy": seeds["proxy_accuracy_dev"].first().mean()}
+        for name, column in (("proxy", "proxy_reward_dev"), ("gold", "mean_reward_dev")):
+            change = seeds[column].last() - seeds[column].first()
+            row |= dict(zip((f"{name}_change", f"{name}_low", f"{name}_high"), mean_change(change), strict=True))
+        rows[share] = row | {"seeds": len(seeds)}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("flipped")
+
+
+def judged(store: Path, pipeline: str, preset: str = "tiny", beta: float = 0.0) -> pd.DataFrame:
+    """The harder judgement along `pipeline`, means over seeds: rows are metrics, columns the base and each stage."""
+    table = reports(store, pipeline, preset, beta).groupby(["metric", "point"], sort=False)["value"].mean()
+    return table.unstack("point").rename(columns={0: "base", 1: "after stage 1", 2: "after stage 2"})
 
 
 def benchmark() -> pd.DataFrame:

@@ -46,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--to", type=Path, required=True, help="the folder to copy to, e.g. data/results")
     publish.set_defaults(command=_publish)
 
+    push = commands.add_parser("push", help="upload a stage to the Hugging Face hub, with a card from its record")
+    push.add_argument("stage", type=Path, help="the stage's folder, as `sftrl run` prints it")
+    push.add_argument("repository", help="owner/name on the hub; made if it is not there")
+    push.add_argument("--private", action="store_true", help="make it a private repository")
+    push.set_defaults(command=_push)
+
     corpus = commands.add_parser("corpus", help="write the graded corpus as CoLA TSV files plus q and phenomenon")
     corpus.add_argument("folder", type=Path, help="where to write the three files")
     corpus.set_defaults(command=_corpus)
@@ -94,6 +100,15 @@ def _publish(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise InputError(str(error)) from None
     print(f"{copied} stages copied to {options.to}")
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    if not (options.stage / "record.json").is_file():
+        raise InputError(f"{str(options.stage)!r} is not a finished stage: `sftrl runs` lists those there are")
+    from sftrl_utils import hub, stages
+
+    print(hub.push(stages.open_stage(options.stage), options.repository, options.private))
     return 0
 
 

@@ -37,6 +37,10 @@ _TINY = {
     "rl_learning_rate": 3e-5,  # of 3e-5 and 1e-4 (seed 100, from the base) the one whose reward rises steadily
     "batch_size": 32,  # 4 prompts a step at group size 8: two cores do a stage in under a minute
     "group_size": 8,  # TRL's default number of generations
+    "format_steps": 0,  # the embedded base model answers in the right form already
+    "lora_rank": 0,  # the paper trains all weights
+    "gradient_checkpointing": False,  # costs about a third more time, and there is memory enough
+    "proxy_flipped": 0.0,  # of the pairs that a proxy reward is learned from: annotators who never err
     "loss_type": "grpo",  # the loss of the GRPO paper (DeepSeekMath, Eq. 3); TRL's default is "dapo"
     "train_sentences": 4000,
     "dev_sentences": 400,
@@ -62,7 +66,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "corpus": "cola",
         "sft_learning_rate": 5e-5,  # full fine-tuning of 135 M parameters
         "rl_learning_rate": 1e-5,
-        "batch_size": 32,
+        "sft_steps": 80,  # one pass over the sentences at 32 a step
+        "rl_steps": 80,  # as many updates
+        "format_steps": 20,  # of 24 sampled answers of the untouched model none was one of the two words
+        "evaluations": 4,  # an evaluation takes longer than ten updates
         "train_sentences": 2560,
         "dev_sentences": 527,  # the whole public in-domain dev file
         "heldout_sentences": 516,  # the whole public out-of-domain dev file
@@ -90,6 +97,7 @@ def _not_bool(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+Steps = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]  # 0: none
 Rate = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1, allow_inf_nan=False)]
 
 
@@ -98,7 +106,12 @@ class RunConfig(BaseModel):
 
     `batch_size` counts responses per optimisation step in either stage (TRL's convention), so a GRPO
     step sees `batch_size / group_size` prompts. `evaluations` is the number of equal intervals between
-    evaluations; step 0 and the last step are always evaluated.
+    evaluations; step 0 and the last step are always evaluated. `format_steps` updates on labels drawn at
+    random, half of them each, teach a model that does not answer in one of the two words to do so, and
+    nothing else, before any pipeline begins: the model after them is what all of them start from.
+    `lora_rank` above 0 trains adapters of that rank and merges them when the stage ends.
+    `proxy_flipped` is the share of preference pairs whose order is reversed before a reward model
+    learns from them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -116,6 +129,10 @@ class RunConfig(BaseModel):
     batch_size: Count
     group_size: Annotated[int, BeforeValidator(_not_bool), Field(ge=2)]
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"]
+    format_steps: Steps
+    lora_rank: Steps
+    gradient_checkpointing: bool
+    proxy_flipped: Annotated[float, BeforeValidator(_not_bool), Field(ge=0, le=1, allow_inf_nan=False)]
     train_sentences: Count
     dev_sentences: Count
     heldout_sentences: Count

@@ -67,7 +67,8 @@ def _score_batch(model, tokenizer, rows, responses, per_prompt):
     shared = min(shared, min(map(len, rows)) - 1)  # the template and the question: encoded once
     cache = DynamicCache(config=model.config.get_text_config())
     if shared > 0:
-        model.base_model(torch.tensor([rows[0][:shared]], device=model.device), past_key_values=cache, use_cache=True)
+        first = torch.tensor([rows[0][:shared]], device=model.device)
+        model.get_decoder()(input_ids=first, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(rows))
     prompt = tokenizer.pad({"input_ids": [row[shared:] for row in rows]}, padding_side="left", return_tensors="pt")
     prompt = prompt.to(model.device)
@@ -114,13 +115,15 @@ class Evaluator:
     """Evaluates policies on the splits of one corpus; remembers reference policies for the KL.
 
     `references` maps a name (`start`, `base`) to answer probabilities per split, as `answer_probabilities`
-    returns them; `evaluate` then reports the KL from each.
+    returns them; `evaluate` reports the KL from each. `judge`, where there is one, maps prompts to the preference of a
+    proxy for each of the two answers, shape (N, 2), in [−1, 1].
     """
 
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
     style: str
     references: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    judge: Callable[[list[str]], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         # The train split is judged on as many sentences as dev: the loop's cost should not grow with it.
@@ -130,28 +133,41 @@ class Evaluator:
             split: prompt_texts(self.tokenizer, list(frame["sentence"]), self.style)
             for split, frame in self._frames.items()
         }
+        self._preferences: dict[str, np.ndarray] = {}
 
     def answer_scores(self, model: PreTrainedModel, split: str) -> ResponseScores:
         """Scores of the two answers, columns (unacceptable, acceptable), for each sentence of `split`."""
         answers = answer_texts(self.tokenizer, self.style)
         return score_responses(model, self.tokenizer, self._prompts[split], [answers] * len(self._prompts[split]))
 
-    def remember(self, name: str, model: PreTrainedModel) -> None:
-        """Make `model` the reference policy `name` of later evaluations."""
-        self.references[name] = {
-            split: answer_probabilities(self.answer_scores(model, split)) for split in self._frames
-        }
+    def evaluate(self, model: PreTrainedModel, remember: str | None = None) -> dict[str, float]:
+        """Metrics of `model`, each under `<metric>_<split>`: see `answer_metrics`, `_sft_loss` and `_proxy_reward`.
 
-    def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
-        """Metrics of `model`, each under `<metric>_<split>`: see `answer_metrics` and `_sft_loss`."""
+        `remember` makes `model` the reference policy of that name; what is remembered first is also `base`.
+        """
         result = {}
         for split, frame in self._frames.items():
             scores = self.answer_scores(model, split)
+            if remember:
+                self.references.setdefault(remember, {})[split] = answer_probabilities(scores)
+                self.references.setdefault("base", {}).setdefault(split, self.references[remember][split])
             references = {name: kept[split] for name, kept in self.references.items()}
             metrics = self._sft_loss(model, split, scores)
             metrics |= answer_metrics(scores, frame["label"].to_numpy(), frame["q"].to_numpy(), references)
+            if self.judge:
+                metrics |= self._proxy_reward(split, answer_probabilities(scores))
             result |= {f"{name}_{split}": value for name, value in metrics.items()}
         return result
+
+    def _proxy_reward(self, split: str, p: np.ndarray) -> dict[str, float]:
+        """Exact mean of what the proxy thinks of one response, −1 for what cannot be parsed; its own accuracy."""
+        if split not in self._preferences:
+            self._preferences[split] = self.judge(self._prompts[split])
+        preferences, label = self._preferences[split], self._frames[split]["label"].to_numpy()
+        return {
+            "proxy_reward": float(((p[:, :2] * preferences).sum(axis=1) - p[:, 2]).mean()),
+            "proxy_accuracy": float((preferences.argmax(axis=1) == label).mean()),
+        }
 
     def _sft_loss(self, model: PreTrainedModel, split: str, answers: ResponseScores) -> dict[str, float]:
         """L_SFT, Eq. (sft-loss): mean negative log-likelihood per response token, and per response (`_sum`)."""

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from sftrl_utils import tabular
 from sftrl_utils.corpora import Corpus
-from sftrl_utils.records import base_metrics, second_stage
+from sftrl_utils.records import base_metrics, read_records, second_stage
 from sftrl_utils.stages import Stage
 
 LABELS = {
@@ -85,6 +85,27 @@ def seeds_figure(store: Path, pipelines: Sequence[str], metric: str, split: str,
     axis.axhline(base, color="0.5", linestyle="--", linewidth=1, label="base model")
     axis.set(xlabel="update step of the second stage", ylabel=f"{LABELS[metric]}, {SPLIT_NAMES[split]}")
     axis.legend(title=None)
+    plt.close(figure)
+    return figure
+
+
+def gold_and_proxy(store: Path, preset: str = "tiny") -> Figure:
+    """Mean reward on dev while GRPO follows a reward model, by the verifier (gold) and by that model (proxy).
+
+    One panel a share of preference pairs flipped; mean over seeds and its 95 % interval.
+    """
+    use_style()
+    shares = sorted({record.config["proxy_flipped"] for record in read_records(store) if record.kind == "proxy"})
+    figure, axes = plt.subplots(1, len(shares), figsize=(3.8 * len(shares), 3.6), sharey=True, squeeze=False)
+    names = {"mean_reward_dev": "gold: the verifier", "proxy_reward_dev": "proxy: what GRPO follows"}
+    for axis, share in zip(axes[0], shares, strict=True):
+        table = second_stage(store, "proxy_rl", preset, proxy_flipped=share)
+        long = table.melt(["step", "seed"], list(names), "reward").replace({"reward": names})
+        sns.lineplot(
+            long, x="step", y="value", hue="reward", style="reward", markers=True, errorbar=("ci", 95), seed=0, ax=axis
+        )
+        axis.set(xlabel="update step", ylabel="mean reward, dev", title=f"{share:.0%} of the pairs flipped")
+        axis.legend(title=None)
     plt.close(figure)
     return figure
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import psutil
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file, logging
 
 from sftrl_utils.config import InputError, data_dir
@@ -29,6 +37,8 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     bfloat16. Raises `InputError` if the model or a usable tokenizer is not there.
     """
     source, options = _source(name)
+    # The reader of GGUF files raises whatever broken bytes lead to.
+    broken = Exception if "gguf_file" in options else (OSError, ValueError, SafetensorError)
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -38,7 +48,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         else:
             safe = {} if "gguf_file" in options else {"use_safetensors": True}
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **safe, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except broken as error:
         raise InputError(_unloadable(name, error)) from None
     if tokenizer.eos_token is None or tokenizer.chat_template is None:
         missing = "EOS token" if tokenizer.eos_token is None else "chat template"
@@ -50,6 +60,42 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         del model.config.quantization_config
         model.hf_quantizer = None
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def precision() -> str:
+    """What a model computes in while it trains, its weights in float32: `bf16`, `fp16` or `float32`.
+
+    bfloat16 where the GPU multiplies it natively; one before Ampere (a T4) only emulates it and gets float16. A CPU
+    gets float32: even where it multiplies bfloat16 six times as fast, a step of SmolLM2 is no faster.
+    """
+    if not torch.cuda.is_available():
+        return "float32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def adapters(rank: int) -> LoraConfig | None:
+    """LoRA adapters of `rank` on every linear layer, as TRL's trainers take them; None for rank 0."""
+    if not rank:
+        return None
+    # alpha = 32 for every rank: the best learning rate then hardly depends on it (Schulman et al., LoRA Without Regret)
+    return LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def require_memory(name: str, model: PreTrainedModel, lora_rank: int, anchored: bool) -> None:
+    """Raise `InputError` if training `model` needs more memory than there is: weights, gradients, AdamW's moments.
+
+    A lower bound, activations not counted: what fails here would have failed later. `anchored`: a second copy of the
+    weights is held (beta > 0).
+    """
+    weights = 4 * sum(weight.numel() for weight in model.parameters())
+    needed = weights * ((0 if lora_rank else 3) + anchored)  # beside the weights themselves, which are there
+    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        remedy = "preset='tiny' or a smaller model" if lora_rank else "lora_rank=16, or preset='tiny'"
+        raise InputError(
+            f"model={name!r} needs at least {needed / 2**30:.1f} GiB more memory to train and {free / 2**30:.1f} are "
+            f"free: use {remedy}"
+        )
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -78,6 +124,12 @@ def revision(name: str) -> str:
         raise InputError(_unloadable(name, error)) from None
 
 
+def hub_id(name: str) -> str | None:
+    """`name` if it is an id on the hub, else None."""
+    local = name in {EMBEDDED, EMBEDDED_RANDOM} or name.endswith(".gguf") or Path(name).is_dir()
+    return None if local or name.count("/") != 1 else name
+
+
 def _source(name: str) -> tuple[str, dict[str, str]]:
     if name in {EMBEDDED, EMBEDDED_RANDOM}:
         return str(base_dir()), {}
@@ -93,7 +145,7 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
 
 
 def _unloadable(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0].rstrip(".")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return (
         f"model={name!r} cannot be loaded: {reason}. Use {EMBEDDED!r}, a folder with "
         "config.json and safetensors, a .gguf file, or a hub id that can be reached"

@@ -81,7 +81,7 @@ class PrefixSharingSFTTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         cache = DynamicCache(config=self.model.config.get_text_config())
         with self.accelerator.autocast():
-            model.base_model(input_ids=inputs["input_ids"][:1, :shared], past_key_values=cache, use_cache=True)
+            model.get_decoder()(input_ids=inputs["input_ids"][:1, :shared], past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(inputs["input_ids"]))
         rest = {name: inputs[name][:, shared:] for name in ("input_ids", "labels")}
         inputs = {**inputs, **rest, "past_key_values": cache}

@@ -12,7 +12,9 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel
 
-PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "numpy")
+from sftrl_utils.config import PRESETS
+
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "numpy")
 SUMMARY = (
     "sft_loss_train",
     "sft_loss_dev",
@@ -29,6 +31,7 @@ PIPELINES = {
     ("grpo", "sft"): "rl_then_sft",
     ("sft", "sft"): "sft_then_sft",
     ("grpo", "grpo"): "rl_then_rl",
+    ("proxy",): "proxy_rl",
     ("constant",): "constant_rl",
     ("sft", "constant"): "sft_then_constant_rl",
     ("constant", "sft"): "constant_rl_then_sft",
@@ -58,18 +61,26 @@ class RunRecord(BaseModel):
     device: str
     started: str
     wall_s: float
+    peak_mb: int | None = None  # the most memory the process held until then; on a GPU, of tensors
     trainer_config: dict[str, Any]
     trainer_differences: dict[str, tuple[Any, Any]]
     gates: dict[str, str]
 
     @property
     def pipeline(self) -> str:
-        """Name of the chain of stages from the base model to this one: `sft_then_rl`, …"""
-        return PIPELINES.get(self.kinds, "_then_".join(self.kinds))
+        """Name of the chain of stages from the base model to this one: `sft_then_rl`, …; `format` before any."""
+        return PIPELINES.get(self.kinds) or "_then_".join(self.kinds) or "format"
+
+    @property
+    def command(self) -> str:
+        """The command that trains this stage and those before it."""
+        preset = {"preset": self.preset, **PRESETS[self.preset]}
+        given = {"preset": self.preset} | {name: value for name, value in self.config.items() if value != preset[name]}
+        return " ".join(["sftrl run", self.pipeline, *(f"-p {name} {value}" for name, value in given.items())])
 
     def provenance(self) -> pd.DataFrame:
         """One-column table for a page: where the stage's numbers come from, and whether they may be used."""
-        names = ("stage", "parent", "seed", "device", "wall_s", "started", "git_commit")
+        names = ("stage", "parent", "seed", "device", "wall_s", "peak_mb", "started", "git_commit")
         rows = {("run", name): str(getattr(self, name)) for name in names}
         rows |= {("version", name): version for name, version in self.versions.items()}
         differences = self.trainer_differences.items()
@@ -130,6 +141,11 @@ def finished_stages(store: Path) -> list[Path]:
     return sorted(path.parent for path in store.glob("[!.]*/record.json"))
 
 
+def read_records(store: Path) -> list[RunRecord]:
+    """Records of the finished stages in `store`."""
+    return [read_record(stage_dir) for stage_dir in finished_stages(store)]
+
+
 def runs_table(store: Path) -> pd.DataFrame:
     """One row per finished stage: where it came from, and its metrics at the start and the end."""
     rows = []
@@ -141,6 +157,7 @@ def runs_table(store: Path) -> pd.DataFrame:
         for metric in SUMMARY:
             row[f"{metric}_start"], row[f"{metric}_end"] = metrics[metric].iloc[[0, -1]].astype(float)
         row |= {"wall_s": record.wall_s, "device": record.device, "gates": record.failed_gates or "ok"}
+        row |= {"command": record.command}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -161,10 +178,11 @@ def runs_text(store: Path) -> str:
 
 
 def publish(store: Path, target: Path) -> int:
-    """Make `target` hold record, metrics and report, no weights, of every finished stage in `store`; returns how many.
+    """Copy record, metrics and report, no weights, of every finished stage in `store` to `target`; returns how many.
 
-    Stages in `target` that `store` lacks are removed. Raises `ValueError`, `target` untouched, if the stages were
-    trained by different versions of the code, whose numbers must not be mixed, or before stages had a report.
+    What `target` holds of another version of the code is removed, the rest stays. Raises `ValueError`, `target`
+    untouched, if the stages were trained by different versions of the code, whose numbers must not be mixed, or before
+    stages had a report.
     """
     stages = finished_stages(store)
     versions_of_code = {read_record(stage_dir).key["code"] for stage_dir in stages}
@@ -177,7 +195,8 @@ def publish(store: Path, target: Path) -> int:
     if lacking:
         raise ValueError(f"{lacking[0]} is not there, an earlier version trained this stage: train it again")
     for old in finished_stages(target):
-        shutil.rmtree(old)
+        if read_record(old).key["code"] not in versions_of_code:
+            shutil.rmtree(old)
     for stage_dir in stages:
         (target / stage_dir.name).mkdir(parents=True, exist_ok=True)
         for name in names:
@@ -188,25 +207,26 @@ def publish(store: Path, target: Path) -> int:
 def metrics_table(store: Path, **where: Any) -> pd.DataFrame:
     """All evaluations of the stages in `store` whose record matches `where`, e.g. `pipeline="sft_then_rl"`.
 
-    Columns of the metrics tables plus `stage`, `pipeline`, `seed`, `beta`, `preset`.
+    `where` names a field of the record or a setting of its run. Columns of the metrics tables plus `stage`, `pipeline`,
+    `seed`, `beta`, `preset`.
     """
     tables = []
     for stage_dir in finished_stages(store):
         record = read_record(stage_dir)
-        if all(getattr(record, name) == value for name, value in where.items()):
+        if all(getattr(record, name, record.config.get(name)) == value for name, value in where.items()):
             fields = {name: getattr(record, name) for name in ("stage", "pipeline", "seed", "beta", "preset")}
             tables.append(read_metrics(stage_dir).assign(**fields))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def second_stage(store: Path, pipeline: str, preset: str = "tiny") -> pd.DataFrame:
-    """Evaluations of the last stage of `pipeline`, one valid stage per seed, at β = 0, by `seed` and `step`.
+def second_stage(store: Path, pipeline: str, preset: str = "tiny", beta: float = 0.0, **where: Any) -> pd.DataFrame:
+    """Evaluations of the last stage of `pipeline`, one valid stage per seed, by `seed` and `step`.
 
-    Raises `LookupError` if there is none, or more than one for a seed.
+    `where` as in `metrics_table`. Raises `LookupError` if there is none, or more than one for a seed.
     """
-    table = metrics_table(store, pipeline=pipeline, preset=preset, beta=0.0, valid=True)
+    table = metrics_table(store, pipeline=pipeline, preset=preset, beta=beta, valid=True, **where)
     if table.empty:
-        raise LookupError(f"{store} holds no valid stage with pipeline={pipeline!r}, preset={preset!r}, beta=0")
+        raise LookupError(f"{store} holds no valid stage with pipeline={pipeline!r}, preset={preset!r}, beta={beta:g}")
     twice = table.groupby("seed")["stage"].nunique().loc[lambda count: count > 1]
     if len(twice):
         raise LookupError(f"{store} holds several stages of pipeline={pipeline!r} with seed={twice.index[0]}")
@@ -217,3 +237,35 @@ def base_metrics(store: Path, preset: str = "tiny") -> pd.Series:
     """Metrics of the base model: those at step 0 of the first stages, which all start there."""
     table = second_stage(store, "sft", preset)
     return table[table["step"] == 0].iloc[0]
+
+
+def reports(store: Path, pipeline: str, preset: str = "tiny", beta: float = 0.0) -> pd.DataFrame:
+    """The harder judgement along `pipeline`, one row per seed, point and metric: see `protocol.report`.
+
+    `point` is the number of stages done: 0 for the base model. Raises `LookupError` as `second_stage`.
+    """
+    tables = []
+    for seed, name in second_stage(store, pipeline, preset, beta).groupby("seed")["stage"].first().items():
+        chain = [name]
+        while len(chain) < len(read_record(store / name).kinds):
+            chain.insert(0, read_record(store / chain[0]).parent)
+        for done, stage in enumerate(chain, start=1):
+            report = read_report(store / stage).set_index("point")
+            if done == 1:
+                tables.append(report.loc["start"].assign(seed=seed, point=0))
+            tables.append(report.loc["end"].assign(seed=seed, point=done))
+    return pd.concat(tables, ignore_index=True)
+
+
+def costs_table(*stores: Path) -> pd.DataFrame:
+    """One row a preset, device and kind of stage: how many, median seconds, median of the peak memory in MB.
+
+    A preset of which `stores` hold no stage has a row that says so.
+    """
+    names = ("preset", "device", "kind", "wall_s", "peak_mb")
+    rows = [{name: getattr(record, name) for name in names} for store in stores for record in read_records(store)]
+    groups = pd.DataFrame(rows, columns=names).groupby(["preset", "device", "kind"])
+    table = groups.agg(stages=("wall_s", "size"), wall_s=("wall_s", "median"), peak_mb=("peak_mb", "median"))
+    for preset in set(PRESETS) - set(table.index.get_level_values("preset")):
+        table.loc[(preset, "not run", ""), "stages"] = 0
+    return table.sort_index().astype({"stages": int})

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
@@ -39,8 +40,15 @@ from sftrl_utils.records import RunRecord
 
 RESULT_MODULES = (lexicon, grammar, corpora, models, rewards, evaluation, prefix_sharing, training, protocol)
 _RL_SETTINGS = ("rl_steps", "rl_learning_rate", "beta", "group_size", "loss_type")
-RESULT_SETTINGS = {"sft": ("sft_steps", "sft_learning_rate"), "grpo": _RL_SETTINGS, "constant": _RL_SETTINGS}
-COMMON_SETTINGS = ("response_style", "seed", "batch_size", "evaluations")
+_SFT_SETTINGS = ("sft_steps", "sft_learning_rate")
+RESULT_SETTINGS = {
+    "format": ("format_steps", "sft_learning_rate"),
+    "sft": _SFT_SETTINGS,
+    "grpo": _RL_SETTINGS,
+    "constant": _RL_SETTINGS,
+    "proxy": (*_RL_SETTINGS, *_SFT_SETTINGS, "proxy_flipped"),
+}
+COMMON_SETTINGS = ("response_style", "seed", "batch_size", "evaluations", "lora_rank", "gradient_checkpointing")
 SEED_STRIDE = 1_000_003  # a second stage must not replay the first one's order of data or samples
 
 
@@ -67,13 +75,17 @@ class Stage:
 
 
 def train_stage(config: RunConfig, kind: str, parent: Stage | None = None) -> Stage:
-    """Load the stage `kind` (`sft`, `grpo` or `constant`) after `parent` (None: the base model), or train it.
+    """Load the stage `kind` (see `training.train`) after `parent` (None: the base model), or train it.
+
+    Where `config.format_steps` asks for it, the base model is taught the form of an answer first, once for all seeds.
 
     The stage's folder is named by a hash of all that its numbers depend on. A lock keeps two processes
     from training it twice; it is written under another name and renamed when whole, so a killed run
     leaves nothing that could be read as finished. Raises `InputError` before training for input that
     cannot be used.
     """
+    if parent is None and kind != "format" and config.format_steps:
+        parent = train_stage(config.model_copy(update={"seed": 0}), "format")
     corpus = corpora.load_corpus(config)
     key = stage_key(config, kind, corpus.revision, parent)
     name = f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
@@ -152,27 +164,28 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
     for leftover in store.glob(f".{name}.*.tmp"):  # of a run that was killed: we hold its lock
         shutil.rmtree(leftover)
     model, tokenizer = parent.load_model() if parent else models.load(config.model)
+    models.require_memory(config.model, model, config.lora_rank, kind in training.RL_KINDS and config.beta > 0)
     evaluator = Evaluator(corpus, tokenizer, config.response_style)
     judge = partial(protocol.report, tokenizer=tokenizer, frame=corpus.splits["dev"], style=config.response_style)
-    reports = {} if parent else {"start": judge(model)}
-    if parent:
-        evaluator.remember("base", models.load(config.model)[0])
-    depth = len(parent.record.kinds) if parent else 0
+    kinds = parent.record.kinds if parent else ()
+    reports = {} if kinds else {"start": judge(model)}  # no stage yet: it starts from the base
+    if kinds:
+        evaluator.references["base"] = _base_answers(parent, evaluator, corpus)
     started, clock = datetime.now(UTC), time.perf_counter()
     trained = training.train(
-        kind, model, tokenizer, corpus, config, evaluator, (config.seed + SEED_STRIDE * depth) % 2**31
+        kind, model, tokenizer, corpus, config, evaluator, (config.seed + SEED_STRIDE * len(kinds)) % 2**31
     )
     reports["end"] = judge(model)
     record = RunRecord(
         stage=name,
         kind=kind,
         parent=parent.record.stage if parent else "base",
-        kinds=(*(parent.record.kinds if parent else ()), kind),
+        kinds=kinds if kind == "format" else (*kinds, kind),
         preset=config.preset,
         model=config.model,
         corpus=config.corpus,
         seed=config.seed,
-        beta=config.beta if kind != "sft" else parent.record.beta if parent else 0.0,
+        beta=config.beta if kind in training.RL_KINDS else parent.record.beta if parent else 0.0,
         config=config.model_dump(mode="json", exclude={"out_dir"}),
         key=key,
         versions=records.versions(),
@@ -180,17 +193,42 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
         started=started.isoformat(timespec="seconds"),
         wall_s=round(time.perf_counter() - clock, 2),
+        peak_mb=_peak_mb(),
         trainer_config=trained.trainer_config,
         trainer_differences=trained.trainer_differences,
         gates=trained.gates,
     )
     unfinished = store / f".{name}.{os.getpid()}.tmp"
     models.save(model, tokenizer, unfinished / "model")
+    np.savez(unfinished / "base.npz", **evaluator.references["base"])
     trained.metrics.to_parquet(unfinished / "metrics.parquet", index=False)
     pd.concat(reports, names=["point"]).reset_index().to_parquet(unfinished / "report.parquet", index=False)
     (unfinished / "record.json").write_text(record.model_dump_json(indent=2), encoding="utf-8")
     shutil.rmtree(store / name, ignore_errors=True)  # a folder without a record is nobody's
     unfinished.rename(store / name)
+
+
+def _base_answers(parent: Stage, evaluator: Evaluator, corpus: corpora.Corpus) -> dict[str, np.ndarray]:
+    """The base model's answers to every split: `parent` kept them, if it saw this corpus."""
+    if parent.record.key["corpus"] == corpus.revision:
+        with np.load(parent.path / "base.npz") as kept:
+            return dict(kept)
+    first = parent
+    while first.record.kinds and first.record.parent != "base":
+        first = open_stage(first.path.parent / first.record.parent)
+    model, _ = models.load(first.record.model) if first.record.kinds else first.load_model()
+    evaluator.evaluate(model, remember="base")
+    return evaluator.references["base"]
+
+
+def _peak_mb() -> int | None:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    try:
+        import resource
+    except ImportError:  # not a POSIX system: nobody counts
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # Of the code that was imported, not of files edited since.

@@ -13,17 +13,18 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
-from trl import GRPOConfig, SFTConfig
+from trl import GRPOConfig, RewardConfig, RewardTrainer, SFTConfig
 
 from sftrl_utils import models
 from sftrl_utils.config import InputError, RunConfig
 from sftrl_utils.corpora import ANSWERS, Corpus, response_text, rl_dataset, sft_dataset
 from sftrl_utils.evaluation import Evaluator
 from sftrl_utils.prefix_sharing import PrefixSharingGRPOTrainer, PrefixSharingSFTTrainer
-from sftrl_utils.rewards import constant_reward, verifier
+from sftrl_utils.rewards import RewardModel, constant_reward, preference_pairs, verifier
+
+RL_KINDS = ("grpo", "proxy", "constant")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def sft_config(config: RunConfig, seed: int, output_dir: str) -> SFTConfig:
         packing=False,  # one row is one response, so a step is `batch_size` responses
         train_sampling_strategy="group_by_length",  # rows of similar length share a batch: little padding
         max_length=None,  # every prompt is short; TRL would cut at 1,024
-        **_common(seed, output_dir),
+        **_common(config, seed, output_dir),
     )
 
 
@@ -74,13 +75,40 @@ def grpo_config(config: RunConfig, seed: int, output_dir: str, max_completion_le
         mask_truncated_completions=False,  # an unfinished answer is rewarded for what there is of it
         entropy_coef=0.0,
         disable_dropout=True,  # ratio 1 on-policy, exactly
-        **_common(seed, output_dir),
+        **_common(config, seed, output_dir),
     )
 
 
-def _common(seed: int, output_dir: str) -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 only emulates it
+def reward_config(config: RunConfig, seed: int, output_dir: str) -> RewardConfig:
+    """Settings of a reward model: as many updates, of as many pairs, at the same rate as an SFT stage."""
+    return RewardConfig(
+        max_steps=config.sft_steps,
+        learning_rate=config.sft_learning_rate,
+        per_device_train_batch_size=config.batch_size,
+        max_length=None,  # every prompt is short; TRL would drop what is longer than 1,024
+        disable_dropout=True,
+        model_init_kwargs={"dtype": "float32"},
+        center_rewards_coefficient=None,  # GRPO subtracts the mean of a group
+        **_common(config, seed, output_dir),
+    )
+
+
+def train_reward_model(
+    start: Path, tokenizer: PreTrainedTokenizerBase, frame: pd.DataFrame, config: RunConfig, seed: int
+) -> RewardModel:
+    """The proxy where no verifier exists: TRL's reward model, from the model in `start`, on `preference_pairs`."""
+    pairs = preference_pairs(tokenizer, frame, config.response_style, config.proxy_flipped, seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = reward_config(config, seed, scratch)
+        trainer = RewardTrainer(str(start), settings, train_dataset=pairs, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Bar(config.sft_steps, f"reward model, seed {config.seed}"))
+        trainer.train()
+    return RewardModel(trainer.model, tokenizer, config.response_style)
+
+
+def _common(config: RunConfig, seed: int, output_dir: str) -> dict[str, Any]:
+    precision = models.precision()
     return {
         "output_dir": output_dir,
         "seed": seed,  # TRL's fixed 42 would make repeats identical
@@ -91,9 +119,9 @@ def _common(seed: int, output_dir: str) -> dict[str, Any]:
         "weight_decay": 0.0,  # no pull towards zero beside the two objectives
         "max_grad_norm": 1.0,
         "optim": "adamw_torch",
-        "bf16": bf16,  # float32 weights, autocast on GPU; on a CPU TRL's bf16 default is about 2.5x slower
-        "fp16": cuda and not bf16,
-        "activation_checkpointing": False,  # fits in memory without; TRL's default costs about a third more time
+        "bf16": precision == "bf16",  # autocast over float32 weights: small updates vanish in pure bfloat16
+        "fp16": precision == "fp16",
+        "activation_checkpointing": config.gradient_checkpointing,  # TRL's default is True, a third more time
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # else a loss that is not finite is logged as 0 and no gate sees it
         "save_strategy": "no",
@@ -114,35 +142,40 @@ def train(
 ) -> TrainedStage:
     """Train `model` in place by `kind`, evaluating at step 0, in between and at the end.
 
-    `kind`: `sft`; `grpo`, rewarded by the verifier; `constant`, GRPO with the same reward for every response.
+    `kind`: `sft`; `format`, SFT on labels drawn at random, half of them each; `grpo`, rewarded by the verifier;
+    `proxy`, GRPO rewarded by a reward model that is trained here first; `constant`, GRPO with the same reward for every
+    response. Adapters, where `config.lora_rank` asks for them, are merged into `model` at the end.
     """
     datasets.disable_progress_bars()
     set_seed(seed)
     frame, style = corpus.splits["train"], config.response_style
+    steps = {"sft": config.sft_steps, "format": config.format_steps}.get(kind, config.rl_steps)
+    watcher = _Watcher(evaluator, steps, 1 if kind == "format" else config.evaluations, f"{kind}, seed {config.seed}")
+    shared = {"processing_class": tokenizer, "callbacks": [watcher], "peft_config": models.adapters(config.lora_rank)}
     with tempfile.TemporaryDirectory() as scratch:
-        steps = config.sft_steps if kind == "sft" else config.rl_steps
-        watcher = _Watcher(evaluator, steps, config.evaluations, f"{kind}, seed {config.seed}")
-        if kind == "sft":
-            settings = sft_config(config, seed, scratch)
-            trainer = PrefixSharingSFTTrainer(
-                model,
-                settings,
-                train_dataset=sft_dataset(tokenizer, frame, style),
-                processing_class=tokenizer,
-                callbacks=[watcher],
-            )
-        else:
-            if config.beta > 0:  # TRL re-loads the anchor from this path, not from the policy in memory
+        if kind in RL_KINDS:
+            if kind == "proxy" or config.beta > 0:
                 models.save(model, tokenizer, Path(scratch, "start"))
+            if config.beta > 0:  # TRL re-loads the anchor from this path, not from the policy in memory
                 model.config._name_or_path = str(Path(scratch, "start"))
+            if kind == "proxy":
+                proxy = train_reward_model(Path(scratch, "start"), tokenizer, frame, config, seed)
+                evaluator.judge = proxy.preferences
+            rewards = {"grpo": verifier(style), "constant": constant_reward}
             settings = grpo_config(config, seed, scratch, longest_response(tokenizer, frame, style) + 2)
             trainer = PrefixSharingGRPOTrainer(
                 model,
-                {"grpo": verifier(style), "constant": constant_reward}[kind],
+                proxy.proxy_reward if kind == "proxy" else rewards[kind],
                 settings,
                 train_dataset=rl_dataset(tokenizer, frame, style),
-                processing_class=tokenizer,
-                callbacks=[watcher],
+                **shared,
+            )
+        else:
+            if kind == "format":
+                frame = frame.assign(label=np.random.default_rng(seed).permutation(np.arange(len(frame)) % 2))
+            settings = dataclasses.replace(sft_config(config, seed, scratch), max_steps=steps)
+            trainer = PrefixSharingSFTTrainer(
+                model, settings, train_dataset=sft_dataset(tokenizer, frame, style), **shared
             )
         trainer.remove_callback(PrinterCallback)  # prints every log line where tqdm is off
         trainer.train()
@@ -150,6 +183,8 @@ def train(
         raise InputError(
             f"{kind} ended after {trainer.state.global_step} of {steps} steps: give it more train_sentences"
         )
+    if config.lora_rank:
+        trainer.model.merge_and_unload()  # which leaves `model` whole again
     model.eval()
     chosen, default = _settings(settings), _defaults(type(settings))
     differences = {name: (default[name], value) for name, value in chosen.items() if value != default.get(name)}
@@ -185,7 +220,9 @@ def health_gates(metrics: pd.DataFrame, logs: list[dict[str, float]]) -> dict[st
     gates = {
         "finite_loss": f"loss is not finite from step {bad_steps[0]}" if bad_steps else "ok",
         "finite_metrics": f"{bad_metrics[0]} is not finite" if bad_metrics else "ok",
-        "answers_parse": "ok" if format_rate > 0.05 else f"only {format_rate:.3f} of responses can be parsed",
+        "answers_parse": "ok"
+        if format_rate > 0.05
+        else f"{format_rate:.3f} of responses can be parsed, see format_steps",
     }
     if any("frac_reward_zero_std" in entry for entry in logs):
         first = logs[: max(5, len(logs) // 20)]  # a step of the smoke preset has two groups only
@@ -219,34 +256,41 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Watcher(TrainerCallback):
-    """Evaluates at the chosen steps, keeps the trainer's logs and shows one progress bar."""
+class _Bar(TrainerCallback):
+    """One progress bar."""
+
+    def __init__(self, steps: int, title: str):
+        self._bar = tqdm(total=steps, desc=title, unit="step", mininterval=1.0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.close()
+
+
+class _Watcher(_Bar):
+    """Evaluates at the chosen steps and keeps the trainer's logs."""
 
     def __init__(self, evaluator: Evaluator, steps: int, evaluations: int, title: str):
+        super().__init__(steps, title)
         self.rows: list[dict[str, float]] = []
         self.logs: list[dict[str, float]] = []
         self._evaluator = evaluator
         self._steps = evaluation_steps(steps, evaluations)
-        self._bar = tqdm(total=steps, desc=title, unit="step", mininterval=1.0)
 
     def _evaluate(self, step: int, model: PreTrainedModel) -> None:
-        row = {"step": step, **self._evaluator.evaluate(model)}
+        row = {"step": step, **self._evaluator.evaluate(model, remember=None if step else "start")}
         self.rows.append(row)
         self._bar.set_postfix_str(f"sft_loss {row['sft_loss_dev']:.3f}, mean_reward {row['mean_reward_dev']:.3f}")
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._evaluator.remember("start", model)
-        if "base" not in self._evaluator.references:
-            self._evaluator.references["base"] = self._evaluator.references["start"]
         self._evaluate(0, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self._bar.update()
+        super().on_step_end(args, state, control)
         if state.global_step in self._steps:
             self._evaluate(state.global_step, model)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logs.append(dict(logs))
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._bar.close()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftrl_utils import claims, corpora, models, records, stages
+from sftrl_utils import claims, corpora, figures, models, records, stages
 from sftrl_utils.config import RunConfig
 
 CHANGES = st.lists(st.integers(-1000, 1000).map(lambda n: n / 100), min_size=3, max_size=8)
@@ -111,3 +111,40 @@ def test_the_published_runs_cover_both_claims_and_rest_on_what_ships():
         assert record.key["corpus"] == corpus.revision
         if record.parent == "base":
             assert record.key["parent"] == models.revision("embedded")
+
+
+def test_the_proxy_table_holds_changes_of_both_rewards(small_config, tmp_path):
+    config = small_config.model_copy(update={"sft_steps": 2, "rl_steps": 2, "out_dir": tmp_path})
+    for share in (0.0, 0.5):
+        for seed in (0, 1):
+            stages.train_pipeline(config.model_copy(update={"seed": seed, "proxy_flipped": share}), "proxy_rl")
+    table = claims.proxy_table(tmp_path, "smoke")
+    assert list(table.index) == [0.0, 0.5] and (table["seeds"] == 2).all()
+    runs = records.metrics_table(tmp_path, proxy_flipped=0.5)
+    change = runs.groupby("seed")["mean_reward_dev"].agg(lambda part: part.iloc[-1] - part.iloc[0])
+    assert table.loc[0.5, "gold_change"] == pytest.approx(change.mean())
+    assert table.loc[0.5, "gold_low"] <= table.loc[0.5, "gold_change"] <= table.loc[0.5, "gold_high"]
+    figure = figures.gold_and_proxy(tmp_path, "smoke")
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["0% of the pairs flipped", "50% of the pairs flipped"]
+    drawn = figure.axes[1].get_lines()[0].get_ydata()
+    assert drawn[-1] == pytest.approx(runs.groupby("step")["mean_reward_dev"].mean().iloc[-1])
+
+
+def test_the_judgement_follows_each_seed_from_the_base_to_the_end(three_seeds):
+    table = claims.judged(three_seeds, "sft_then_rl", "smoke")
+    assert list(table.columns) == ["base", "after stage 1", "after stage 2"]
+    ends = records.second_stage(three_seeds, "sft_then_rl", "smoke").groupby("seed")["mean_reward_dev"]
+    assert table.loc["mean_reward", "after stage 2"] == pytest.approx(ends.last().mean(), abs=1e-6)
+    assert table.loc["mean_reward", "after stage 1"] == pytest.approx(ends.first().mean(), abs=1e-6)
+    base = records.base_metrics(three_seeds, "smoke")["mean_reward_dev"]
+    assert table.loc["mean_reward", "base"] == pytest.approx(base, abs=1e-6)
+
+
+def test_what_stages_cost_is_counted_by_kind(three_seeds):
+    table = records.costs_table(three_seeds)
+    runs = [record for record in records.read_records(three_seeds) if record.kind == "grpo"]
+    not_run = table.loc[("paper", "not run", "")]
+    assert not_run["stages"] == 0 and np.isnan(not_run["wall_s"])
+    [row] = [row for (preset, _, kind), row in table.iterrows() if (preset, kind) == ("smoke", "grpo")]
+    assert row["stages"] == len(runs) and row["wall_s"] == np.median([record.wall_s for record in runs])

@@ -79,9 +79,23 @@ def test_the_exact_mean_reward_agrees_with_mean_at_64_by_sampling(trained, corpu
 
 def test_kl_to_the_start_is_zero_at_the_start_and_not_after(trained, embedded, corpus):
     evaluator = Evaluator(corpora.Corpus("", {"dev": corpus.splits["dev"]}), trained[1], "label")
-    evaluator.remember("start", embedded[0])
-    assert evaluator.evaluate(embedded[0])["kl_start_dev"] == 0
+    assert evaluator.evaluate(embedded[0], remember="start")["kl_start_dev"] == 0
     assert evaluator.evaluate(trained[0])["kl_start_dev"] > 0
+    assert evaluator.evaluate(trained[0], remember="start")["kl_start_dev"] == 0
+    assert evaluator.evaluate(trained[0])["kl_base_dev"] > 0  # the first that was remembered
+
+
+def test_the_proxy_reward_is_the_mean_of_what_the_judge_prefers(embedded, corpus):
+    frame = corpus.splits["dev"]
+    right = 2.0 * np.stack([frame["label"] == 0, frame["label"] == 1], axis=1) - 1
+    for sign in (1, -1):  # a judge that knows the labels, and one that has them reversed
+        evaluator = Evaluator(
+            corpora.Corpus("", {"dev": frame}), embedded[1], "label", judge=lambda _, sign=sign: sign * right
+        )
+        metrics = evaluator.evaluate(embedded[0])
+        rest = 1 - metrics["format_rate_dev"]  # pays -1 to both
+        assert metrics["proxy_reward_dev"] == pytest.approx(sign * (metrics["mean_reward_dev"] + rest) - rest, abs=1e-6)
+        assert metrics["proxy_accuracy_dev"] == (sign > 0)
 
 
 def scores_of(p_unacceptable, p_acceptable):

@@ -1,6 +1,8 @@
 """The shipped model is what the data card says, and nothing unsafe or missing loads."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,3 +99,52 @@ def test_a_tokenizer_without_a_chat_template_is_refused(embedded, tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="no chat template"):
         models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(range(200)), b"no model at all"])
+def test_a_corrupt_gguf_is_one_line(tmp_path, content):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        models.load(str(path))
+    assert f"model={str(path)!r} cannot be loaded" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_eos_is_refused(embedded, tmp_path):
+    model, tokenizer = embedded
+    models.save(model, tokenizer, tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
+    with pytest.raises(InputError, match="no EOS token"):
+        models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "native", "expected"), [(False, False, "float32"), (True, False, "fp16"), (True, True, "bf16")]
+)
+def test_precision_is_what_the_device_multiplies_itself(monkeypatch, cuda, native, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert models.precision() == expected
+
+
+def test_too_little_memory_says_what_would_do(embedded, monkeypatch):
+    weights = 4 * sum(weight.numel() for weight in embedded[0].parameters())
+
+    def available(share):
+        monkeypatch.setattr(models.psutil, "virtual_memory", lambda: SimpleNamespace(available=share * weights))
+
+    available(3)
+    models.require_memory("embedded", embedded[0], lora_rank=0, anchored=False)
+    with pytest.raises(InputError, match="model='embedded' needs at least .* lora_rank=16"):
+        models.require_memory("embedded", embedded[0], lora_rank=0, anchored=True)
+    models.require_memory("embedded", embedded[0], lora_rank=16, anchored=True)
+    available(0.5)
+    with pytest.raises(InputError, match="preset='tiny'"):
+        models.require_memory("embedded", embedded[0], lora_rank=16, anchored=True)
+
+
+def test_only_a_hub_id_is_one(tmp_path):
+    assert models.hub_id("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    for name in ("embedded", "embedded-random", str(tmp_path), "a/b.gguf", "nothing"):
+        assert models.hub_id(name) is None

@@ -8,11 +8,15 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import yaml
 from conftest import code_cells, papermill
+from IPython.core.inputtransformer2 import TransformerManager
 
+import sftrl_utils
 from sftrl_utils import records, statements
 
-NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "notebooks").glob("0*.ipynb"))}
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))}
 LEAVES = {
     "01_theory": set(),
     "02_sft": {"sft"},
@@ -93,14 +97,31 @@ def test_a_notebook_run_again_from_an_empty_store_gives_identical_metrics(execut
         pd.testing.assert_frame_equal(records.read_metrics(stage), first, check_exact=True)
 
 
+def test_the_first_cell_installs_this_version_where_there_is_none():
+    first = code_cells(NOTEBOOKS["01_theory"])[0].source
+    repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    asked = []
+
+    class Shell:
+        def run_line_magic(self, name, line, **_):
+            asked.append((name, line))
+
+    code = TransformerManager().transform_cell(first).replace("import sftrl_utils", "import sftrl_utils_is_not_there")
+    exec(code, {"get_ipython": Shell})
+    assert asked == [("pip", f'install --quiet "sftrl_utils @ git+{repository}@v{sftrl_utils.__version__}"')]
+    asked.clear()
+    exec(TransformerManager().transform_cell(first), {"get_ipython": Shell})
+    assert asked == []
+
+
 @pytest.mark.parametrize("notebook", LEAVES)
 def test_the_source_is_clean_and_short(notebook):
     cells = code_cells(NOTEBOOKS[notebook])
     assert all(not cell.outputs and cell.execution_count is None for cell in cells)
     [parameters] = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     assert max(len(cell.source.splitlines()) for cell in cells if cell is not parameters) <= 12
-    first = code_cells(NOTEBOOKS["01_theory"])[0]
-    assert parameters.source == first.source  # the same names, in the same order, everywhere
+    # The first cell, and the names of the parameters with their order, are the same everywhere.
+    assert [cells[0].source, parameters.source] == [cell.source for cell in code_cells(NOTEBOOKS["01_theory"])[:2]]
     names = [line.split(" = ")[0] for line in parameters.source.splitlines()]
     assert names == [
         *("preset", "model", "corpus", "response_style", "seed", "beta", "sft_steps", "rl_steps"),

@@ -5,7 +5,8 @@ import json
 import pandas as pd
 import pytest
 
-from sftrl_utils import records
+from sftrl_utils import records, stages
+from sftrl_utils.config import RunConfig
 
 KEYS = {"stage", "kind", "parent", "pipeline", "preset", "model", "corpus", "seed", "beta", "wall_s", "device", "gates"}
 
@@ -79,3 +80,12 @@ def test_metrics_are_chosen_by_record_fields(published, sft_then_rl):
 def test_the_base_model_s_metrics_are_those_before_the_first_stage(published, sft_then_rl):
     base = records.base_metrics(published, preset="smoke")
     assert base["sft_loss_dev"] == sft_then_rl[0].metrics["sft_loss_dev"].iloc[0]
+
+
+def test_the_command_in_a_record_trains_the_same_stage(sft_then_rl, shared_store):
+    words = sft_then_rl[1].record.command.split()
+    assert words[:5] == ["sftrl", "run", "sft_then_rl", "-p", "preset"]
+    given = dict(zip(words[4::3], words[5::3], strict=True))
+    assert given == {"preset": "smoke", "model": "embedded"}
+    config = RunConfig.from_parameters({**given, "out_dir": str(shared_store)})
+    assert [stage.path for stage in stages.train_pipeline(config, words[2])] == [stage.path for stage in sft_then_rl]

@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from safetensors.torch import load_file
 
 from sftrl_utils import records, stages, training
-from sftrl_utils.config import InputError
+from sftrl_utils.config import InputError, RunConfig
 
 METRICS = {"sft_loss", "sft_loss_sum", "mean_reward", "greedy_accuracy", "mcc", "acceptable_rate", "entropy"}
 
@@ -23,6 +25,7 @@ def test_a_stage_leaves_a_model_a_table_and_a_record(sft_then_rl, small_config):
             "model",
             "metrics.parquet",
             "report.parquet",
+            "base.npz",
             "record.json",
         }
         assert (stage.path / "model" / "model.safetensors").is_file()
@@ -72,6 +75,58 @@ def test_the_report_follows_the_pipeline(sft_then_rl):
     assert table.loc["mean_reward", "base"] == pytest.approx(
         sft_then_rl[0].metrics["mean_reward_dev"].iloc[0], abs=1e-9
     )
+
+
+def test_the_form_of_an_answer_is_taught_once_and_nothing_else(tmp_path):
+    few = {"preset": "smoke", "dev_sentences": 40, "sft_steps": 1, "rl_steps": 1, "format_steps": 80}
+    config = RunConfig.from_parameters({**few, "sft_learning_rate": 1e-3, "out_dir": str(tmp_path)})
+    one, other = (stages.train_stage(config.model_copy(update={"seed": seed}), "sft") for seed in (0, 1))
+    base = stages.open_stage(tmp_path / one.record.parent)
+    assert other.record.parent == base.record.stage and base.record.pipeline == "format"
+    assert (one.record.kinds, base.record.kinds) == (("sft",), ())
+    start, end = base.metrics["format_rate_dev"].iloc[[0, -1]]
+    assert start < 0.1 and end > 0.9
+    assert base.metrics["acceptable_probability_dev"].iloc[-1] == pytest.approx(0.5, abs=0.15)
+    # What follows starts from it, and calls it the base.
+    assert one.metrics["kl_base_dev"].iloc[0] == 0 and set(one.report["point"]) == {"start", "end"}
+    second = stages.train_stage(config, "grpo", parent=one)
+    assert second.metrics["kl_base_dev"].iloc[0] == pytest.approx(one.metrics["kl_base_dev"].iloc[-1], abs=1e-9)
+    assert second.record.pipeline == "sft_then_rl" and set(second.report["point"]) == {"end"}
+
+
+def test_on_another_corpus_the_base_is_judged_again(sft_then_rl, small_config, tmp_path):
+    shorter = small_config.model_copy(update={"dev_sentences": 20, "sft_steps": 1, "out_dir": tmp_path})
+    stage = stages.train_stage(shorter, "sft", parent=sft_then_rl[0])
+    alone = stages.train_stage(shorter, "sft")
+    assert stage.metrics["kl_base_dev"].iloc[0] > 0
+    with np.load(stage.path / "base.npz") as one, np.load(alone.path / "base.npz") as other:
+        assert all((one[split] == other[split]).all() for split in one) and one["dev"].shape == (20, 3)
+
+
+def test_rl_against_a_proxy_records_both_rewards(small_config, tmp_path):
+    config = small_config.model_copy(update={"sft_steps": 20, "proxy_flipped": 0.1, "out_dir": tmp_path})
+    [stage] = stages.train_pipeline(config, "proxy_rl")
+    assert {"proxy_reward_dev", "proxy_accuracy_dev", "mean_reward_dev"} <= set(stage.metrics)
+    assert stage.metrics["proxy_accuracy_dev"].nunique() == 1 and stage.record.valid
+
+
+def test_adapters_are_merged_and_the_next_stage_trains_from_there(small_config, tmp_path):
+    config = small_config.model_copy(
+        update={"lora_rank": 4, "sft_learning_rate": 1e-3, "beta": 0.1, "out_dir": tmp_path}
+    )
+    first, second = stages.train_pipeline(config, "sft_then_rl")
+    weights = [set(load_file(stage.path / "model" / "model.safetensors")) for stage in (first, second)]
+    assert weights[0] == weights[1] and not any("lora" in name for name in weights[0])
+    assert first.metrics["kl_start_dev"].iloc[-1] > 1e-4
+    assert second.metrics["sft_loss_dev"].iloc[0] == pytest.approx(first.metrics["sft_loss_dev"].iloc[-1], abs=1e-5)
+
+
+def test_checkpointed_gradients_are_the_same_gradients(small_config, sft_then_rl, tmp_path):
+    config = small_config.model_copy(update={"gradient_checkpointing": True, "out_dir": tmp_path})
+    with pytest.warns(UserWarning, match="plain TRL: activations are checkpointed"):
+        [stage] = stages.train_pipeline(config, "sft")
+    ends = [run.metrics["sft_loss_dev"].iloc[-1] for run in (stage, sft_then_rl[0])]
+    assert ends[0] == pytest.approx(ends[1], abs=1e-4)
 
 
 def test_another_seed_gives_other_metrics(sft_then_rl, small_config):

@@ -81,6 +81,14 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def device() -> str:
+    """The GPU's name, or the number of threads and whether the CPU has units for bfloat16 matrices."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    amx = ", AMX" if torch.cpu.get_capabilities().get("amx_bf16") else ""
+    return f"{torch.get_num_threads()} CPU threads{amx}"
+
+
 def peak_mb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
@@ -271,8 +279,7 @@ def main() -> None:
     parameters = sum(p.numel() for p in load(case["name"])[0].parameters())
     before = peak_mb()
     result = kind(variant, **case)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    result |= {"peak_mb": peak_mb(), "loaded_mb": before, "device": device, "parameters": parameters}
+    result |= {"peak_mb": peak_mb(), "loaded_mb": before, "device": device(), "parameters": parameters}
     print(json.dumps(result | {"matrix_rate": matrix_rate(torch.bfloat16 if "bf16" in variant else torch.float32)}))
 
 
