@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.stats import bootstrap
 
 from sftrl_utils.config import data_dir
-from sftrl_utils.records import read_records, reports, second_stage
+from sftrl_utils.records import PIPELINES, proxy_shares, reports, second_stage
 
 # Ratios to tuned TRL that the trainers and the evaluation were built to reach, by case of `make bench`.
 SPEED_TARGETS = {
@@ -68,7 +68,7 @@ def change_intervals(
     One row per (stage, metric) with a 95 % BCa interval; `rose` counts the seeds with a positive change.
     """
     changes = {
-        name: seed_table(store, name, metrics, preset, beta if "rl" in name else 0.0)
+        name: seed_table(store, name, metrics, preset, beta if _trains_rl(name) else 0.0)
         .drop("mean")
         .xs("change", axis=1, level=1)
         for name in (pipeline, control)
@@ -85,6 +85,10 @@ def change_intervals(
     return table
 
 
+def _trains_rl(pipeline: str) -> bool:
+    return any(set(kinds) - {"sft"} for kinds, name in PIPELINES.items() if name == pipeline)
+
+
 def proxy_table(store: Path, preset: str = "tiny") -> pd.DataFrame:
     """What following a reward model does, by the share of preference pairs flipped before it learned.
 
@@ -92,7 +96,7 @@ def proxy_table(store: Path, preset: str = "tiny") -> pd.DataFrame:
     and of the verifier's (`gold`), each with its 95 % interval; how many seeds.
     """
     rows = {}
-    for share in sorted({record.config["proxy_flipped"] for record in read_records(store) if record.kind == "proxy"}):
+    for share in proxy_shares(store, preset):
         seeds = second_stage(store, "proxy_rl", preset, proxy_flipped=share).groupby("seed")
         row = {"proxy_accuracy": seeds["proxy_accuracy_dev"].first().mean()}
         for name, column in (("proxy", "proxy_reward_dev"), ("gold", "mean_reward_dev")):

@@ -97,7 +97,7 @@ def _not_bool(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
-Steps = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]  # 0: none
+CountOrZero = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
 Rate = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1, allow_inf_nan=False)]
 
 
@@ -129,8 +129,8 @@ class RunConfig(BaseModel):
     batch_size: Count
     group_size: Annotated[int, BeforeValidator(_not_bool), Field(ge=2)]
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"]
-    format_steps: Steps
-    lora_rank: Steps
+    format_steps: CountOrZero
+    lora_rank: CountOrZero
     gradient_checkpointing: bool
     proxy_flipped: Annotated[float, BeforeValidator(_not_bool), Field(ge=0, le=1, allow_inf_nan=False)]
     train_sentences: Count

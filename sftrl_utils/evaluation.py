@@ -63,6 +63,7 @@ def score_responses(
 
 def _score_batch(model, tokenizer, rows, responses, per_prompt):
     """Log-probability, length and greediness of each of the `len(rows) * per_prompt` responses."""
+    forward = getattr(model, "_original_forward", model)  # without the autocast that a trainer wraps around it
     shared = len(os.path.commonprefix(rows)) if len(rows) > 1 else 0
     shared = min(shared, min(map(len, rows)) - 1)  # the template and the question: encoded once
     cache = DynamicCache(config=model.config.get_text_config())
@@ -77,7 +78,7 @@ def _score_batch(model, tokenizer, rows, responses, per_prompt):
     )
     mask = torch.cat([torch.ones(len(rows), shared, dtype=torch.long).to(model.device), prompt["attention_mask"]], 1)
     positions = shared + (prompt["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    encoded = model(
+    encoded = forward(
         input_ids=prompt["input_ids"],
         attention_mask=mask,
         position_ids=positions,
@@ -89,7 +90,7 @@ def _score_batch(model, tokenizer, rows, responses, per_prompt):
     width = answer["input_ids"].shape[1]
     prompt_mask = mask.repeat_interleave(per_prompt, dim=0)
     prompt_end = positions[:, -1:].repeat_interleave(per_prompt, dim=0)
-    rest = model(
+    rest = forward(
         input_ids=answer["input_ids"][:, :-1],
         attention_mask=torch.cat([prompt_mask, answer["attention_mask"][:, :-1]], dim=1),
         position_ids=prompt_end + torch.arange(1, width, device=model.device),

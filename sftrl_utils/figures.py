@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from sftrl_utils import tabular
 from sftrl_utils.corpora import Corpus
-from sftrl_utils.records import base_metrics, read_records, second_stage
+from sftrl_utils.records import base_metrics, proxy_shares, second_stage
 from sftrl_utils.stages import Stage
 
 LABELS = {
@@ -95,7 +95,7 @@ def gold_and_proxy(store: Path, preset: str = "tiny") -> Figure:
     One panel a share of preference pairs flipped; mean over seeds and its 95 % interval.
     """
     use_style()
-    shares = sorted({record.config["proxy_flipped"] for record in read_records(store) if record.kind == "proxy"})
+    shares = proxy_shares(store, preset)
     figure, axes = plt.subplots(1, len(shares), figsize=(3.8 * len(shares), 3.6), sharey=True, squeeze=False)
     names = {"mean_reward_dev": "gold: the verifier", "proxy_reward_dev": "proxy: what GRPO follows"}
     for axis, share in zip(axes[0], shares, strict=True):

@@ -56,9 +56,8 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    if hasattr(model.config, "quantization_config"):  # a GGUF model refuses to be saved with it
-        del model.config.quantization_config
-        model.hf_quantizer = None
+    if "gguf_file" in options:  # its weights are de-quantised by now: what says otherwise forbids saving and training
+        model.hf_quantizer.remove_quantization_config(model)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
@@ -81,20 +80,17 @@ def adapters(rank: int) -> LoraConfig | None:
     return LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def require_memory(name: str, model: PreTrainedModel, lora_rank: int, anchored: bool) -> None:
-    """Raise `InputError` if training `model` needs more memory than there is: weights, gradients, AdamW's moments.
-
-    A lower bound, activations not counted: what fails here would have failed later. `anchored`: a second copy of the
-    weights is held (beta > 0).
-    """
+def require_memory(name: str, model: PreTrainedModel, copies: int) -> None:
+    """Raise `InputError` if there is no memory for `copies` of the weights of `model` beside them."""
     weights = 4 * sum(weight.numel() for weight in model.parameters())
-    needed = weights * ((0 if lora_rank else 3) + anchored)  # beside the weights themselves, which are there
+    needed = weights * copies
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier stage of this process held and has let go
     free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
-        remedy = "preset='tiny' or a smaller model" if lora_rank else "lora_rank=16, or preset='tiny'"
         raise InputError(
             f"model={name!r} needs at least {needed / 2**30:.1f} GiB more memory to train and {free / 2**30:.1f} are "
-            f"free: use {remedy}"
+            "free: use lora_rank=16, preset='tiny', or a smaller model"
         )
 
 
@@ -122,12 +118,6 @@ def revision(name: str) -> str:
         return f"{name}@{Path(cached_file(source, 'config.json')).parent.name}"  # the cache names it by commit
     except OSError as error:
         raise InputError(_unloadable(name, error)) from None
-
-
-def hub_id(name: str) -> str | None:
-    """`name` if it is an id on the hub, else None."""
-    local = name in {EMBEDDED, EMBEDDED_RANDOM} or name.endswith(".gguf") or Path(name).is_dir()
-    return None if local or name.count("/") != 1 else name
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:

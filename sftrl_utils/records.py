@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -73,10 +74,13 @@ class RunRecord(BaseModel):
 
     @property
     def command(self) -> str:
-        """The command that trains this stage and those before it."""
+        """The command that trains this stage, and those before it if their settings were the same; "" for `format`."""
+        if self.kinds not in PIPELINES:
+            return ""
         preset = {"preset": self.preset, **PRESETS[self.preset]}
         given = {"preset": self.preset} | {name: value for name, value in self.config.items() if value != preset[name]}
-        return " ".join(["sftrl run", self.pipeline, *(f"-p {name} {value}" for name, value in given.items())])
+        words = [word for name, value in given.items() for word in ("-p", name, str(value))]
+        return shlex.join(["sftrl", "run", self.pipeline, *words])
 
     def provenance(self) -> pd.DataFrame:
         """One-column table for a page: where the stage's numbers come from, and whether they may be used."""
@@ -185,6 +189,8 @@ def publish(store: Path, target: Path) -> int:
     stages had a report.
     """
     stages = finished_stages(store)
+    if not stages:
+        raise ValueError(f"{store} holds no finished stage: nothing to publish")
     versions_of_code = {read_record(stage_dir).key["code"] for stage_dir in stages}
     if len(versions_of_code) > 1:
         raise ValueError(
@@ -194,9 +200,9 @@ def publish(store: Path, target: Path) -> int:
     lacking = [stage_dir / name for stage_dir in stages for name in names if not (stage_dir / name).is_file()]
     if lacking:
         raise ValueError(f"{lacking[0]} is not there, an earlier version trained this stage: train it again")
-    for old in finished_stages(target):
-        if read_record(old).key["code"] not in versions_of_code:
-            shutil.rmtree(old)
+    outdated = [old for old in finished_stages(target) if read_record(old).key["code"] not in versions_of_code]
+    for old in outdated:
+        shutil.rmtree(old)
     for stage_dir in stages:
         (target / stage_dir.name).mkdir(parents=True, exist_ok=True)
         for name in names:
@@ -255,6 +261,18 @@ def reports(store: Path, pipeline: str, preset: str = "tiny", beta: float = 0.0)
                 tables.append(report.loc["start"].assign(seed=seed, point=0))
             tables.append(report.loc["end"].assign(seed=seed, point=done))
     return pd.concat(tables, ignore_index=True)
+
+
+def proxy_shares(store: Path, preset: str = "tiny") -> list[float]:
+    """Shares of flipped preference pairs of the valid `proxy_rl` stages in `store`, β = 0. `LookupError` if none."""
+    found = {
+        record.config["proxy_flipped"]
+        for record in read_records(store)
+        if (record.pipeline, record.preset, record.beta, record.valid) == ("proxy_rl", preset, 0.0, True)
+    }
+    if not found:
+        raise LookupError(f"{store} holds no valid stage of GRPO against a reward model, preset={preset!r}")
+    return sorted(found)
 
 
 def costs_table(*stores: Path) -> pd.DataFrame:

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from scipy.special import expit
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftrl_utils.corpora import ANSWERS, parse_response, prompt_texts, response_text
@@ -53,10 +52,10 @@ def preference_pairs(
 
 
 class RewardModel:
-    """A trained proxy of the verifier: `model` is a sequence classifier with one output, its score the reward."""
+    """A trained proxy of the verifier, for `label` responses: `model` is a sequence classifier with one output."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, style: str):
-        self._model, self._tokenizer, self._style = model.eval(), tokenizer, style
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self._model, self._tokenizer = model.eval(), tokenizer
 
     @torch.no_grad()
     def scores(self, texts: list[str]) -> np.ndarray:
@@ -65,19 +64,26 @@ class RewardModel:
         for start in range(0, len(texts), TEXTS_PER_BATCH):
             batch = texts[start : start + TEXTS_PER_BATCH]
             inputs = self._tokenizer(batch, return_tensors="pt", padding=True, padding_side="right")
-            parts.append(self._model(**inputs.to(self._model.device)).logits[:, 0].float().cpu().numpy())
+            parts.append(self._model(**inputs.to(self._model.device)).logits[:, 0].double().cpu().numpy())
         return np.concatenate(parts)
 
-    def proxy_reward(self, prompts: list[str], completions: list[str], **_) -> list[float]:
-        """Reward function in the form TRL calls. TRL decodes without EOS: it is put back, as in training."""
-        eos = self._tokenizer.eos_token
-        return self.scores([p + c + eos for p, c in zip(prompts, completions, strict=True)]).tolist()
-
     def preferences(self, prompts: list[str]) -> np.ndarray:
-        """How much each of the two answers is preferred, shape (N, 2), in [−1, 1]: 2 σ(s − s′) − 1, the model's own
-        probability of a preference (Bradley and Terry) on the verifier's scale. A `rationale` is scored by its answer.
+        """How much each of the two answers is preferred to the other, shape (N, 2), in [−1, 1]: 2 σ(s − s′) − 1.
+
+        σ(s − s′) is the model's probability of the preference (Bradley and Terry), here on the verifier's scale.
         """
-        eos = self._tokenizer.eos_token
-        one, two = (self.scores([prompt + answer + eos for prompt in prompts]) for answer in ANSWERS)
-        right = 2 * expit(two - one) - 1
+        texts = [prompt + answer + self._tokenizer.eos_token for prompt in prompts for answer in ANSWERS]
+        scores = self.scores(texts).reshape(-1, 2)
+        right = np.tanh((scores[:, 1] - scores[:, 0]) / 2)
         return np.stack([-right, right], axis=1)
+
+    def proxy_reward(self, prompts: list[str], completions: list[str], **_) -> list[float]:
+        """Reward function in the form TRL calls: `preferences` of the answer, −1 for what is no answer.
+
+        A reward model has seen nothing but answers, and may rate what it has not seen above both.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        preferences = dict(zip(distinct, self.preferences(distinct), strict=True))
+        answers = [parse_response(text, "label") for text in completions]
+        pairs = zip(prompts, answers, strict=True)
+        return [-1.0 if answer is None else float(preferences[prompt][answer]) for prompt, answer in pairs]

@@ -42,14 +42,14 @@ RESULT_MODULES = (lexicon, grammar, corpora, models, rewards, evaluation, prefix
 _RL_SETTINGS = ("rl_steps", "rl_learning_rate", "beta", "group_size", "loss_type")
 _SFT_SETTINGS = ("sft_steps", "sft_learning_rate")
 RESULT_SETTINGS = {
-    "format": ("format_steps", "sft_learning_rate"),
-    "sft": _SFT_SETTINGS,
-    "grpo": _RL_SETTINGS,
-    "constant": _RL_SETTINGS,
-    "proxy": (*_RL_SETTINGS, *_SFT_SETTINGS, "proxy_flipped"),
+    "format": ("format_steps", "sft_learning_rate"),  # it is always evaluated twice
+    "sft": (*_SFT_SETTINGS, "evaluations"),
+    "grpo": (*_RL_SETTINGS, "evaluations"),
+    "constant": (*_RL_SETTINGS, "evaluations"),
+    "proxy": (*_RL_SETTINGS, *_SFT_SETTINGS, "evaluations", "proxy_flipped"),
 }
-COMMON_SETTINGS = ("response_style", "seed", "batch_size", "evaluations", "lora_rank", "gradient_checkpointing")
-SEED_STRIDE = 1_000_003  # a second stage must not replay the first one's order of data or samples
+COMMON_SETTINGS = ("response_style", "seed", "batch_size", "lora_rank", "gradient_checkpointing")
+SEED_STRIDE = 1_000_003  # a stage must not replay the order of data or samples of the one before
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,10 @@ def train_stage(config: RunConfig, kind: str, parent: Stage | None = None) -> St
     leaves nothing that could be read as finished. Raises `InputError` before training for input that
     cannot be used.
     """
+    if kind == "proxy" and config.response_style != "label":
+        raise InputError(
+            f"response_style={config.response_style!r}: a reward model compares one-word answers, use 'label'"
+        )
     if parent is None and kind != "format" and config.format_steps:
         parent = train_stage(config.model_copy(update={"seed": 0}), "format")
     corpus = corpora.load_corpus(config)
@@ -113,6 +117,14 @@ def train_pipeline(config: RunConfig, pipeline: str) -> list[Stage]:
 def open_stage(path: Path) -> Stage:
     """The finished stage in folder `path`."""
     return Stage(path, records.read_record(path), records.read_metrics(path), records.read_report(path))
+
+
+def chain(stage: Stage) -> list[Stage]:
+    """`stage` and all before it in the same store, the first one first."""
+    stages = [stage]
+    while stages[0].record.parent != "base":
+        stages.insert(0, open_stage(stage.path.parent / stages[0].record.parent))
+    return stages
 
 
 def judged(stages: list[Stage]) -> pd.DataFrame:
@@ -164,7 +176,9 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
     for leftover in store.glob(f".{name}.*.tmp"):  # of a run that was killed: we hold its lock
         shutil.rmtree(leftover)
     model, tokenizer = parent.load_model() if parent else models.load(config.model)
-    models.require_memory(config.model, model, config.lora_rank, kind in training.RL_KINDS and config.beta > 0)
+    models.require_memory(config.model, model, training.weights_needed(kind, config))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     evaluator = Evaluator(corpus, tokenizer, config.response_style)
     judge = partial(protocol.report, tokenizer=tokenizer, frame=corpus.splits["dev"], style=config.response_style)
     kinds = parent.record.kinds if parent else ()
@@ -172,9 +186,9 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
     if kinds:
         evaluator.references["base"] = _base_answers(parent, evaluator, corpus)
     started, clock = datetime.now(UTC), time.perf_counter()
-    trained = training.train(
-        kind, model, tokenizer, corpus, config, evaluator, (config.seed + SEED_STRIDE * len(kinds)) % 2**31
-    )
+    depth = -1 if kind == "format" else len(kinds)
+    seed = (config.seed + SEED_STRIDE * depth) % 2**31
+    trained = training.train(kind, model, tokenizer, corpus, config, evaluator, seed)
     reports["end"] = judge(model)
     record = RunRecord(
         stage=name,
@@ -209,13 +223,12 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
 
 
 def _base_answers(parent: Stage, evaluator: Evaluator, corpus: corpora.Corpus) -> dict[str, np.ndarray]:
-    """The base model's answers to every split: `parent` kept them, if it saw this corpus."""
-    if parent.record.key["corpus"] == corpus.revision:
+    """The base model's answers to every split: `parent` kept them, if it was asked the same."""
+    asked = (parent.record.key["corpus"], parent.record.config["response_style"])
+    if asked == (corpus.revision, evaluator.style) and (parent.path / "base.npz").is_file():
         with np.load(parent.path / "base.npz") as kept:
             return dict(kept)
-    first = parent
-    while first.record.kinds and first.record.parent != "base":
-        first = open_stage(first.path.parent / first.record.parent)
+    first = chain(parent)[0]
     model, _ = models.load(first.record.model) if first.record.kinds else first.load_model()
     evaluator.evaluate(model, remember="base")
     return evaluator.references["base"]

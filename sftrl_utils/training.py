@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 from trl import GRPOConfig, RewardConfig, RewardTrainer, SFTConfig
 
 from sftrl_utils import models
@@ -37,10 +37,10 @@ class TrainedStage:
     trainer_differences: dict[str, tuple[Any, Any]]
 
 
-def sft_config(config: RunConfig, seed: int, output_dir: str) -> SFTConfig:
-    """Settings of a supervised stage: cross-entropy on response tokens, Eq. (sft-loss)."""
+def sft_config(config: RunConfig, seed: int, output_dir: str, steps: int | None = None) -> SFTConfig:
+    """Settings of a supervised stage of `steps` (`config.sft_steps`): cross-entropy on responses, Eq. (sft-loss)."""
     return SFTConfig(
-        max_steps=config.sft_steps,
+        max_steps=steps or config.sft_steps,
         learning_rate=config.sft_learning_rate,
         per_device_train_batch_size=config.batch_size,
         completion_only_loss=True,  # the prompt is given, not learned: L_SFT is over the response
@@ -95,16 +95,21 @@ def reward_config(config: RunConfig, seed: int, output_dir: str) -> RewardConfig
 
 def train_reward_model(
     start: Path, tokenizer: PreTrainedTokenizerBase, frame: pd.DataFrame, config: RunConfig, seed: int
-) -> RewardModel:
-    """The proxy where no verifier exists: TRL's reward model, from the model in `start`, on `preference_pairs`."""
+) -> tuple[RewardModel, dict[str, Any], str]:
+    """The proxy where no verifier exists: TRL's reward model, from the model in `start`, on `preference_pairs`.
+
+    Also gives the settings of its training and the verdict of its health gate.
+    """
     pairs = preference_pairs(tokenizer, frame, config.response_style, config.proxy_flipped, seed)
     with tempfile.TemporaryDirectory() as scratch:
         settings = reward_config(config, seed, scratch)
         trainer = RewardTrainer(str(start), settings, train_dataset=pairs, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Bar(config.sft_steps, f"reward model, seed {config.seed}"))
-        trainer.train()
-    return RewardModel(trainer.model, tokenizer, config.response_style)
+        _train_all(trainer, "the reward model", config.sft_steps)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    gate = "ok" if np.isfinite(losses).all() else "the reward model's loss is not finite"
+    return RewardModel(trainer.model, tokenizer), _settings(settings), gate
 
 
 def _common(config: RunConfig, seed: int, output_dir: str) -> dict[str, Any]:
@@ -154,18 +159,19 @@ def train(
     shared = {"processing_class": tokenizer, "callbacks": [watcher], "peft_config": models.adapters(config.lora_rank)}
     with tempfile.TemporaryDirectory() as scratch:
         if kind in RL_KINDS:
+            start = Path(scratch, "start")
             if kind == "proxy" or config.beta > 0:
-                models.save(model, tokenizer, Path(scratch, "start"))
+                models.save(model, tokenizer, start)
             if config.beta > 0:  # TRL re-loads the anchor from this path, not from the policy in memory
-                model.config._name_or_path = str(Path(scratch, "start"))
+                model.config._name_or_path = str(start)
+            reward = {"grpo": verifier(style), "constant": constant_reward}.get(kind)
             if kind == "proxy":
-                proxy = train_reward_model(Path(scratch, "start"), tokenizer, frame, config, seed)
-                evaluator.judge = proxy.preferences
-            rewards = {"grpo": verifier(style), "constant": constant_reward}
+                proxy, proxy_settings, proxy_gate = train_reward_model(start, tokenizer, frame, config, seed)
+                evaluator.judge, reward = proxy.preferences, proxy.proxy_reward
             settings = grpo_config(config, seed, scratch, longest_response(tokenizer, frame, style) + 2)
             trainer = PrefixSharingGRPOTrainer(
                 model,
-                proxy.proxy_reward if kind == "proxy" else rewards[kind],
+                reward,
                 settings,
                 train_dataset=rl_dataset(tokenizer, frame, style),
                 **shared,
@@ -173,18 +179,14 @@ def train(
         else:
             if kind == "format":
                 frame = frame.assign(label=np.random.default_rng(seed).permutation(np.arange(len(frame)) % 2))
-            settings = dataclasses.replace(sft_config(config, seed, scratch), max_steps=steps)
+            settings = sft_config(config, seed, scratch, steps)
             trainer = PrefixSharingSFTTrainer(
                 model, settings, train_dataset=sft_dataset(tokenizer, frame, style), **shared
             )
         trainer.remove_callback(PrinterCallback)  # prints every log line where tqdm is off
-        trainer.train()
-    if trainer.state.global_step != steps:
-        raise InputError(
-            f"{kind} ended after {trainer.state.global_step} of {steps} steps: give it more train_sentences"
-        )
+        _train_all(trainer, kind, steps)
     if config.lora_rank:
-        trainer.model.merge_and_unload()  # which leaves `model` whole again
+        trainer.model.merge_and_unload()  # into `model`
     model.eval()
     chosen, default = _settings(settings), _defaults(type(settings))
     differences = {name: (default[name], value) for name, value in chosen.items() if value != default.get(name)}
@@ -192,7 +194,20 @@ def train(
     gates = health_gates(metrics, watcher.logs)
     if kind == "constant":
         del gates["reward_variance"]  # there is none, and should not be
+    if kind == "proxy":
+        chosen |= {f"reward_model/{name}": value for name, value in proxy_settings.items()}
+        gates["reward_model"] = proxy_gate
     return TrainedStage(metrics, gates, chosen, differences)
+
+
+def weights_needed(kind: str, config: RunConfig) -> int:
+    """How many copies of a model's weights training by `kind` holds at least beside them, activations not counted.
+
+    Gradients and AdamW's two moments, none to speak of with adapters; the anchor of β > 0, which with adapters is the
+    model without them; a reward model, trained whole before GRPO begins.
+    """
+    own = 0 if config.lora_rank else 3 + (kind in RL_KINDS and config.beta > 0)
+    return max(4, own + 1) if kind == "proxy" else own
 
 
 def longest_response(tokenizer: PreTrainedTokenizerBase, frame: pd.DataFrame, style: str) -> int:
@@ -254,6 +269,14 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if isinstance(value, (bool, int, float, str, type(None))) and not name.endswith("_dir")
     }
+
+
+def _train_all(trainer: Trainer, name: str, steps: int) -> None:
+    trainer.train()
+    if trainer.state.global_step != steps:
+        raise InputError(
+            f"{name} ended after {trainer.state.global_step} of {steps} steps: give it more train_sentences"
+        )
 
 
 class _Bar(TrainerCallback):

@@ -4,12 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from trl import SFTTrainer
 
-from sftrl_utils import corpora, evaluation, training
+from sftrl_utils import corpora, evaluation, models, training
 from sftrl_utils.evaluation import Evaluator, ResponseScores
 from sftrl_utils.rewards import verifier
 
@@ -83,6 +85,20 @@ def test_kl_to_the_start_is_zero_at_the_start_and_not_after(trained, embedded, c
     assert evaluator.evaluate(trained[0])["kl_start_dev"] > 0
     assert evaluator.evaluate(trained[0], remember="start")["kl_start_dev"] == 0
     assert evaluator.evaluate(trained[0])["kl_base_dev"] > 0  # the first that was remembered
+
+
+def test_a_trainer_s_autocast_does_not_reach_an_evaluation(corpus):
+    model, tokenizer = models.load("embedded")
+    evaluator = Evaluator(corpora.Corpus("", {"dev": corpus.splits["dev"]}), tokenizer, "label")
+    before = evaluator.evaluate(model)
+    AcceleratorState._reset_state(reset_partial_state=True)  # as every trainer does
+    wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    ids = torch.tensor([tokenizer("The dog barks.")["input_ids"]])
+    with torch.no_grad():
+        assert not torch.equal(wrapped(ids).logits, wrapped._original_forward(ids).logits)
+    after = evaluator.evaluate(wrapped)
+    assert all(before[name] == after[name] for name in before if name != "kl_q_dev")
 
 
 def test_the_proxy_reward_is_the_mean_of_what_the_judge_prefers(embedded, corpus):

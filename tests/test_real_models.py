@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import papermill
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.trainer_utils import validate_quantization_for_training
 
 from sftrl_utils import corpora, models, stages
 from sftrl_utils.config import InputError, RunConfig
@@ -82,6 +83,7 @@ def test_a_gguf_file_is_a_model_like_any_other(smollm2, tmp_path):
         assert torch.equal(model(ids).logits, again(ids).logits)
     [text] = tokenizer.batch_decode(model.generate(ids, do_sample=False, max_new_tokens=8))
     assert text.startswith(prompt)
+    validate_quantization_for_training(model)  # which the trainers call
 
 
 def test_a_truncated_gguf_is_one_line(smollm2, tmp_path):

@@ -49,7 +49,9 @@ def proxy(embedded, tmp_path_factory):
     frame = pd.DataFrame({"sentence": sentences * 8, "label": [1, 0] * 32, "phenomenon": ""})
     config = RunConfig.from_parameters({"preset": "smoke", "sft_steps": 100, "sft_learning_rate": 3e-4})
     torch.manual_seed(0)
-    return training.train_reward_model(folder, embedded[1], frame, config, seed=0), frame
+    model, _, gate = training.train_reward_model(folder, embedded[1], frame, config, seed=0)
+    assert gate == "ok"
+    return model, frame
 
 
 def test_a_reward_model_learns_what_is_preferred_and_pays_it_in_trl_s_form(proxy, embedded):
@@ -60,7 +62,9 @@ def test_a_reward_model_learns_what_is_preferred_and_pays_it_in_trl_s_form(proxy
     assert preferences.sum(axis=1) == pytest.approx(np.zeros(8))
     assert (preferences.argmax(axis=1) == frame["label"][:8]).all()
     paid = [model.proxy_reward(prompts=prompts, completions=[answer] * 8, label=[0] * 8) for answer in ANSWERS]
-    assert np.tanh(np.subtract(paid[1], paid[0]) / 2) == pytest.approx(preferences[:, 1], abs=1e-5)
+    assert np.transpose(paid) == pytest.approx(preferences, abs=1e-5)
+    twice = model.proxy_reward(prompts=[prompts[0]] * 3, completions=["acceptable", "unacceptable", "acceptable yes"])
+    assert twice == pytest.approx([*preferences[0, ::-1], -1.0], abs=1e-5)
 
 
 def test_scores_do_not_depend_on_the_batch(proxy, embedded, monkeypatch):

@@ -84,6 +84,8 @@ def test_the_form_of_an_answer_is_taught_once_and_nothing_else(tmp_path):
     base = stages.open_stage(tmp_path / one.record.parent)
     assert other.record.parent == base.record.stage and base.record.pipeline == "format"
     assert (one.record.kinds, base.record.kinds) == (("sft",), ())
+    assert base.record.trainer_config["seed"] not in {one.record.trainer_config["seed"] for one in (one, other)}
+    assert base.record.command == ""
     start, end = base.metrics["format_rate_dev"].iloc[[0, -1]]
     assert start < 0.1 and end > 0.9
     assert base.metrics["acceptable_probability_dev"].iloc[-1] == pytest.approx(0.5, abs=0.15)
@@ -99,6 +101,8 @@ def test_on_another_corpus_the_base_is_judged_again(sft_then_rl, small_config, t
     stage = stages.train_stage(shorter, "sft", parent=sft_then_rl[0])
     alone = stages.train_stage(shorter, "sft")
     assert stage.metrics["kl_base_dev"].iloc[0] > 0
+    reasons = small_config.model_copy(update={"response_style": "rationale", "sft_steps": 1, "out_dir": tmp_path})
+    assert stages.train_stage(reasons, "sft", parent=sft_then_rl[0]).metrics["kl_base_dev"].iloc[0] > 0
     with np.load(stage.path / "base.npz") as one, np.load(alone.path / "base.npz") as other:
         assert all((one[split] == other[split]).all() for split in one) and one["dev"].shape == (20, 3)
 
@@ -106,8 +110,25 @@ def test_on_another_corpus_the_base_is_judged_again(sft_then_rl, small_config, t
 def test_rl_against_a_proxy_records_both_rewards(small_config, tmp_path):
     config = small_config.model_copy(update={"sft_steps": 20, "proxy_flipped": 0.1, "out_dir": tmp_path})
     [stage] = stages.train_pipeline(config, "proxy_rl")
+    assert stage.record.gates["reward_model"] == "ok"
+    assert stage.record.trainer_config["reward_model/learning_rate"] == config.sft_learning_rate
     assert {"proxy_reward_dev", "proxy_accuracy_dev", "mean_reward_dev"} <= set(stage.metrics)
     assert stage.metrics["proxy_accuracy_dev"].nunique() == 1 and stage.record.valid
+
+
+def test_rl_follows_the_proxy_and_not_the_verifier(small_config, tmp_path):
+    reversed_pairs = {"proxy_flipped": 1.0, "sft_steps": 60, "sft_learning_rate": 3e-4, "rl_learning_rate": 3e-4}
+    config = small_config.model_copy(update={**reversed_pairs, "rl_steps": 30, "evaluations": 1, "out_dir": tmp_path})
+    [stage] = stages.train_pipeline(config, "proxy_rl")
+    start, end = (stage.metrics.iloc[at] for at in (0, -1))
+    assert start["proxy_accuracy_dev"] < 0.5  # it was taught the reverse
+    assert end["proxy_reward_dev"] > start["proxy_reward_dev"] + 0.1
+    assert end["mean_reward_dev"] < start["mean_reward_dev"] - 0.1
+
+
+def test_a_proxy_of_rationales_is_refused(small_config):
+    with pytest.raises(InputError, match="response_style='rationale': a reward model compares one-word answers"):
+        stages.train_pipeline(small_config.model_copy(update={"response_style": "rationale"}), "proxy_rl")
 
 
 def test_adapters_are_merged_and_the_next_stage_trains_from_there(small_config, tmp_path):

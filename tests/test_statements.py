@@ -119,6 +119,9 @@ def test_bounds_are_attained_where_they_should_be():
     # The whole spectrum is in the top eight: nothing is outside.
     m = one_prompt(log_p=[0.2, 0.3, 0.5], log_q=[0.6, 0.3, 0.1])
     assert worst(statements.spectral_bound, m)[1] == pytest.approx(0, abs=1e-7)
+    # Outside the top one of two directions there is only the other.
+    m = one_prompt(log_p=[0.2, 0.3, 0.5], log_q=[0.6, 0.3, 0.1], reward=[1.0, 0.0, -0.5])
+    assert [check.worst for check in statements.spectral_bound(m, top=1)][1] == pytest.approx(0, abs=1e-7)
     # A parabola, crossed to its other side.
     m = one_prompt()
     m = Instances(m.weights, *[np.full((1, 1, 1), -2.0)] * 4, np.ones((1, 1, 1)), m.beta)

@@ -67,6 +67,21 @@ def test_the_anchor_is_the_policy_in_memory_not_the_checkpoint_it_came_from(monk
         assert all((anchor[name] == start[name]).all() for name in start)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "copies"),
+    [
+        ("sft", {"beta": 0.1}, 3),
+        ("grpo", {}, 3),
+        ("grpo", {"beta": 0.1}, 4),
+        ("grpo", {"beta": 0.1, "lora_rank": 8}, 0),
+        ("proxy", {"lora_rank": 8}, 4),
+        ("proxy", {"beta": 0.1}, 5),
+    ],
+)
+def test_the_copies_of_the_weights_that_a_stage_holds(small_config, kind, settings, copies):
+    assert training.weights_needed(kind, small_config.model_copy(update=settings)) == copies
+
+
 def test_the_record_of_settings_names_what_differs_from_trl(sft_then_rl):
     differences = sft_then_rl[1].record.trainer_differences
     assert differences["loss_type"] == ("dapo", "grpo")
