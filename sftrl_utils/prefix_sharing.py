@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from unittest import mock
 
@@ -54,6 +54,15 @@ def scored_positions_only() -> Iterator[None]:
         yield
 
 
+def cast_once(device: torch.device) -> torch.autocast:
+    """Context for the passes of one step: autocast is off, and what it casts where it is on is kept until the end.
+
+    A copy of the weights in half precision is else made for every pass. The first pass must have a gradient: a copy
+    made without one would serve the others as well.
+    """
+    return torch.autocast(device.type, enabled=False)
+
+
 class PrefixSharingSFTTrainer(SFTTrainer):
     """`SFTTrainer` that encodes the prompts' common prefix once a batch; takes the same arguments.
 
@@ -80,12 +89,12 @@ class PrefixSharingSFTTrainer(SFTTrainer):
         if shared < 1 or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         cache = DynamicCache(config=self.model.config.get_text_config())
-        with self.accelerator.autocast():
-            model.get_decoder()(input_ids=inputs["input_ids"][:1, :shared], past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(inputs["input_ids"]))
-        rest = {name: inputs[name][:, shared:] for name in ("input_ids", "labels")}
-        inputs = {**inputs, **rest, "past_key_values": cache}
-        with scored_positions_only():
+        with cast_once(model.device), scored_positions_only():
+            with self.accelerator.autocast():
+                model.get_decoder()(input_ids=inputs["input_ids"][:1, :shared], past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(inputs["input_ids"]))
+            rest = {name: inputs[name][:, shared:] for name in ("input_ids", "labels")}
+            inputs = {**inputs, **rest, "past_key_values": cache}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
@@ -130,9 +139,15 @@ class PrefixSharingGRPOTrainer(GRPOTrainer):
     def training_step(self, *args, **kwargs):
         """TRL's step; what sampling kept for its loss does not outlive it, an error included."""
         try:
-            return super().training_step(*args, **kwargs)
+            with cast_once(self.accelerator.device) if self._sampled_once else nullcontext():
+                return super().training_step(*args, **kwargs)
         finally:
             self._encoded = None
+
+    @property
+    def _sampled_once(self) -> bool:
+        """Whether an update is the only one that uses its samples: the encoding of their prompts has a gradient."""
+        return self.shared_prefix and self.args.steps_per_generation * self.num_iterations == 1
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **others
@@ -207,7 +222,7 @@ class PrefixSharingGRPOTrainer(GRPOTrainer):
             pad(tokens, padding_value=self._pad_id, padding_side="left"),
             pad([torch.ones_like(prompt) for prompt in tokens], padding_value=0, padding_side="left"),
         )
-        once = self.model.training and self.args.steps_per_generation * self.num_iterations == 1
+        once = self.model.training and self._sampled_once
         self._encoded = None
         with self.accelerator.autocast(), torch.set_grad_enabled(once):
             logits, cache = self._encode(self.model, prompts, mask)

@@ -1,15 +1,18 @@
 """The prefix-sharing trainer against plain TRL: same numbers, same gradients, same samples in distribution."""
 
+import dataclasses
 import inspect
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2_contingency
-from transformers import DynamicCache, MistralConfig, set_seed
+from transformers import DynamicCache, MistralConfig, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 
 from sftrl_utils import corpora, models, prefix_sharing, training
@@ -29,6 +32,8 @@ def make(small_config, tmp_path_factory):
         model.config._name_or_path = str(folder / "start")
         config = small_config.model_copy(update={"rl_steps": steps, "beta": beta})
         arguments = training.grpo_config(config, 0, str(folder), settings.pop("max_completion_length", 4))
+        if settings.pop("bf16", False):
+            arguments = dataclasses.replace(arguments, bf16=True, use_cpu=True, generation_batch_size=None)
         for name, value in settings.items():
             setattr(arguments, name, value)
         set_seed(0)
@@ -84,6 +89,35 @@ def test_log_probabilities_entropies_and_gradients_are_plain_trl_s(make, name, b
     for mine, theirs in zip(ours[:2], plain[:2], strict=True):
         assert mine.shape == theirs.shape and (mine - theirs)[kept].abs().max() < 1e-4
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of each step."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.kept.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_in_half_precision_weights_are_cast_once_a_step_and_every_pass_has_its_gradient(make, monkeypatch, beta):
+    gradients, casts = [], []
+    for context in (prefix_sharing.cast_once, lambda _: nullcontext()):
+        monkeypatch.setattr(prefix_sharing, "cast_once", context)
+        trainer = make(steps=1, beta=beta, bf16=True)
+        assert trainer.accelerator.mixed_precision == "bf16"
+        gradients.append([])
+        trainer.add_callback(Gradients(gradients[-1]))
+        with torch.profiler.profile() as profile:
+            trainer.train()
+        casts.append(next(event.count for event in profile.key_averages() if event.key == "aten::_to_copy"))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    matrices = sum(isinstance(module, torch.nn.Linear) for module in trainer.model.modules())
+    assert casts[1] - casts[0] > 1.5 * matrices  # two passes of three: prompts, samples, completions
+    [[ours], [plain]] = gradients
+    assert plain.norm() > 0 and (ours - plain).norm() < 0.02 * plain.norm()
 
 
 def test_without_gradients_and_entropies_too(make):
