@@ -34,7 +34,8 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     `name` is `embedded`, `embedded-random`, a folder, a `.gguf` file or a hub id. Weights are read from
     safetensors or GGUF only and no remote code is run. Float32 because small updates vanish in pure
-    bfloat16. Raises `InputError` if the model or a usable tokenizer is not there.
+    bfloat16; attention is transformers' choice for the model and what is installed. Raises `InputError` if the model
+    or a usable tokenizer is not there.
     """
     source, options = _source(name)
     # The reader of GGUF files raises whatever broken bytes lead to.

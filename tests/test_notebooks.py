@@ -22,7 +22,7 @@ LEAVES = {
     "02_sft": {"sft"},
     "03_grpo": {"grpo"},
     "04_sft_then_rl": {"sft", "sft_then_rl", "sft_then_constant_rl"},
-    "05_rl_then_sft": {"grpo", "rl_then_sft"},
+    "05_rl_then_sft": {"grpo", "rl_then_sft", "constant_rl"},
     "08_costs": set(),
 }
 PARAMETERS = {
@@ -57,7 +57,7 @@ def test_a_notebook_runs_from_any_folder_and_leaves_its_stages(notebook, name, e
         assert row["beta"] == (0.0 if row["pipeline"] == "sft" else parameters.get("beta", 0.0))
         assert row["response_style"] == parameters.get("response_style", "label")
         metrics = records.read_metrics(store / row["stage"])
-        last = 5 if row["pipeline"] == "sft_then_constant_rl" else 10
+        last = 5 if "constant" in row["pipeline"] else 10
         assert metrics["step"].iloc[-1] == last and metrics["sft_loss_dev"].notna().all()
         assert (store / row["stage"] / "model" / "model.safetensors").is_file()
     cells = code_cells(output)
@@ -83,7 +83,7 @@ def test_a_notebook_loads_what_another_one_trained(executed):
     folder, _ = executed("label")
     # Two first stages, two second ones and the control of 04: 04 and 05 did not train their first ones again.
     pipelines = sorted(records.runs_table(folder / "runs")["pipeline"])
-    assert pipelines == ["grpo", "rl_then_sft", "sft", "sft_then_constant_rl", "sft_then_rl"]
+    assert pipelines == ["constant_rl", "grpo", "rl_then_sft", "sft", "sft_then_constant_rl", "sft_then_rl"]
 
 
 def test_a_notebook_run_again_from_an_empty_store_gives_identical_metrics(executed, tmp_path):
