@@ -1,7 +1,14 @@
 """Prompts, responses and corpora: what trainers and evaluation read."""
 
+import copy
+from pathlib import Path
+
+import datasets
 import numpy as np
+import pandas as pd
 import pytest
+import trl
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +34,25 @@ def test_prompts_end_after_an_empty_think_block(embedded):
     [text] = corpora.prompt_texts(tokenizer, ["Dogs bark."], "label")
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert "Dogs bark." in text
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5"])
+def test_a_prompt_is_token_by_token_what_trl_s_own_template_gives_with_thinking_off(embedded, name):
+    tokenizer = copy.deepcopy(embedded[1])
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    sentences = ["Dogs bark.", "Them is  here — “really”?"]
+    for paraphrase, question in enumerate(corpora.PARAPHRASES["label"]):
+        tokenizer.chat_template = template
+        prompts = corpora.prompt_texts(tokenizer, sentences, "label", paraphrase)
+        for sentence, prompt in zip(sentences, prompts, strict=True):
+            theirs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": question.format(sentence=sentence)}],
+                chat_template=template,
+                enable_thinking=False,
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+            assert tokenizer(prompt)["input_ids"] == theirs
 
 
 @pytest.mark.parametrize("style", ["label", "rationale"])
@@ -92,6 +118,21 @@ def test_public_cola_counts_and_rates(cola_dir, monkeypatch):
     corpus = corpora.load_corpus(config(corpus="cola", **counts))
     assert corpus.splits["dev"]["label"].sum() == 365  # the constant answer: 0.6926 accuracy
     assert corpus.splits["train"]["label"].mean() == pytest.approx(0.7044, abs=1e-4)
+    assert corpus.splits["heldout"]["label"].sum() == 354
+
+
+def test_the_hub_s_validation_split_is_taken_apart_into_both_dev_files(cola_dir, monkeypatch):
+    monkeypatch.setenv("SFTRL_COLA_DIR", str(cola_dir))
+    sizes = config(corpus="cola", train_sentences=8551, dev_sentences=527, heldout_sentences=516)
+    from_files = corpora.load_corpus(sizes)
+    parts = {split: corpora._read_tsv(cola_dir / name) for split, name in corpora.COLA_FILES.items()}
+    parts["validation"] = pd.concat([parts.pop("dev"), parts.pop("heldout")])
+    glue = {split: Dataset.from_pandas(part[["sentence", "label"]]) for split, part in parts.items()}
+    monkeypatch.delenv("SFTRL_COLA_DIR")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: glue if name == ("nyu-mll/glue", "cola") else None)
+    from_hub = corpora.load_corpus(sizes)
+    for split in corpora.SPLITS:
+        pd.testing.assert_frame_equal(from_hub.splits[split], from_files.splits[split], check_dtype=False)
 
 
 @pytest.mark.parametrize(
