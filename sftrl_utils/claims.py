@@ -93,7 +93,7 @@ def proxy_table(store: Path, preset: str = "tiny") -> pd.DataFrame:
     """What following a reward model does, by the share of preference pairs flipped before it learned.
 
     Means over seeds, on dev: accuracy of the reward model; change over the RL stage of the reward it gives (`proxy`)
-    and of the verifier's (`gold`), each with its 95 % interval; how many seeds.
+    and of the verifier's (`gold`), each with its 95 % interval; MCC and acceptable rate at its end; how many seeds.
     """
     rows = {}
     for share in proxy_shares(store, preset):
@@ -102,6 +102,7 @@ def proxy_table(store: Path, preset: str = "tiny") -> pd.DataFrame:
         for name, column in (("proxy", "proxy_reward_dev"), ("gold", "mean_reward_dev")):
             change = seeds[column].last() - seeds[column].first()
             row |= dict(zip((f"{name}_change", f"{name}_low", f"{name}_high"), mean_change(change), strict=True))
+        row |= {name: seeds[f"{name}_dev"].last().mean() for name in ("mcc", "acceptable_rate")}
         rows[share] = row | {"seeds": len(seeds)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("flipped")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from sftrl_utils.config import PRESETS
+from sftrl_utils.config import PRESETS, InputError
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "numpy")
 SUMMARY = (
@@ -123,8 +123,12 @@ def git_commit() -> str:
 
 
 def read_record(stage_dir: Path) -> RunRecord:
-    """Record of the finished stage in `stage_dir`. Raises `OSError` or pydantic's `ValidationError`."""
-    return RunRecord.model_validate_json((stage_dir / "record.json").read_text(encoding="utf-8"))
+    """Record of the finished stage in `stage_dir`. Raises `OSError`, or `InputError` if it is damaged."""
+    path = stage_dir / "record.json"
+    try:
+        return RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError:
+        raise InputError(f"{path} is damaged: remove {stage_dir}, and the stage is trained again") from None
 
 
 def read_metrics(stage_dir: Path) -> pd.DataFrame:
@@ -188,6 +192,8 @@ def publish(store: Path, target: Path) -> int:
     untouched, if the stages were trained by different versions of the code, whose numbers must not be mixed, or before
     stages had a report.
     """
+    if target.exists() and (not target.is_dir() or target.samefile(store)):
+        raise ValueError(f"{target} is a file, or the store itself: name another folder")
     stages = finished_stages(store)
     if not stages:
         raise ValueError(f"{store} holds no finished stage: nothing to publish")

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from sftrl_utils import records, stages
+from sftrl_utils import cli, records, stages
 from sftrl_utils.config import RunConfig
 
 KEYS = {"stage", "kind", "parent", "pipeline", "preset", "model", "corpus", "seed", "beta", "wall_s", "device", "gates"}
@@ -80,6 +80,28 @@ def test_metrics_are_chosen_by_record_fields(published, sft_then_rl):
 def test_the_base_model_s_metrics_are_those_before_the_first_stage(published, sft_then_rl):
     base = records.base_metrics(published, preset="smoke")
     assert base["sft_loss_dev"] == sft_then_rl[0].metrics["sft_loss_dev"].iloc[0]
+
+
+def test_a_damaged_record_is_named_with_its_remedy(published, tmp_path_factory, capsys):
+    path = records.finished_stages(published)[0] / "record.json"
+    path.write_text("{")
+    for command in (
+        ["runs", "--dir", str(published)],
+        ["publish", "--dir", str(published), "--to", str(published / "x")],
+    ):
+        assert cli.main(command) == 2
+        message = capsys.readouterr().err
+        assert f"{path} is damaged: remove {path.parent}" in message and message.count("\n") == 1
+
+
+def test_a_store_is_not_published_into_itself_or_into_a_file(published, tmp_path_factory):
+    file = tmp_path_factory.mktemp("other") / "file"
+    file.touch()
+    before = sorted(published.rglob("*"))
+    for target in (published, file):
+        with pytest.raises(ValueError, match="name another folder"):
+            records.publish(published, target)
+    assert sorted(published.rglob("*")) == before
 
 
 def test_the_command_in_a_record_trains_the_same_stage(sft_then_rl, shared_store):
