@@ -102,9 +102,13 @@ def test_on_another_corpus_the_base_is_judged_again(sft_then_rl, small_config, t
     alone = stages.train_stage(shorter, "sft")
     assert stage.metrics["kl_base_dev"].iloc[0] > 0
     reasons = small_config.model_copy(update={"response_style": "rationale", "sft_steps": 1, "out_dir": tmp_path})
-    assert stages.train_stage(reasons, "sft", parent=sft_then_rl[0]).metrics["kl_base_dev"].iloc[0] > 0
-    with np.load(stage.path / "base.npz") as one, np.load(alone.path / "base.npz") as other:
-        assert all((one[split] == other[split]).all() for split in one) and one["dev"].shape == (20, 3)
+    explained = stages.train_stage(reasons, "sft", parent=sft_then_rl[0])
+    assert explained.metrics["kl_base_dev"].iloc[0] > 0
+    for child, first in ((stage, alone), (explained, stages.train_stage(reasons, "sft"))):
+        with np.load(child.path / "base.npz") as one, np.load(first.path / "base.npz") as other:
+            assert all((one[split] == other[split]).all() for split in one)
+    with np.load(stage.path / "base.npz") as one:
+        assert one["dev"].shape == (20, 3)
 
 
 def test_rl_against_a_proxy_records_both_rewards(small_config, tmp_path):
