@@ -109,7 +109,8 @@ class RunConfig(BaseModel):
     evaluations; step 0 and the last step are always evaluated. `format_steps` updates on labels drawn at
     random, half of them each, teach a model that does not answer in one of the two words to do so, and
     nothing else, before any pipeline begins: the model after them is what all of them start from.
-    `lora_rank` above 0 trains adapters of that rank and merges them when the stage ends.
+    `lora_rank` above 0 trains adapters of that rank, at most the width of the largest preset, and merges them when the
+    stage ends.
     `proxy_flipped` is the share of preference pairs whose order is reversed before a reward model
     learns from them.
     """
@@ -130,7 +131,7 @@ class RunConfig(BaseModel):
     group_size: Annotated[int, BeforeValidator(_not_bool), Field(ge=2)]
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"]
     format_steps: CountOrZero
-    lora_rank: CountOrZero
+    lora_rank: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, le=1024)]
     gradient_checkpointing: bool
     proxy_flipped: Annotated[float, BeforeValidator(_not_bool), Field(ge=0, le=1, allow_inf_nan=False)]
     train_sentences: Count

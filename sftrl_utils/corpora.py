@@ -125,16 +125,18 @@ def prompt_texts(
 ) -> list[str]:
     """Chat-template renderings (thinking off) of the question about each sentence, ready to be continued.
 
-    `paraphrase` chooses one of `PARAPHRASES[style]`; 0 is the question of training.
+    `paraphrase` chooses one of `PARAPHRASES[style]`; 0 is the question of training. A BOS token that the tokenizer
+    writes before any text is left to it, where the template writes one too.
     """
     template = PARAPHRASES[style][paraphrase]
+    written = tokenizer.bos_token if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else ""
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": template.format(sentence=sentence)}],
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=False,
-        )
+        ).removeprefix(written)
         for sentence in sentences
     ]
 

@@ -127,7 +127,7 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise InputError(f"model={name!r}: no such file")
+            raise InputError(f"model={name!r} is not there: name a .gguf file, {EMBEDDED!r}, a folder or a hub id")
         return str(path.parent), {"gguf_file": path.name}
     looks_local = path.is_absolute() or name.startswith(".") or name.count("/") != 1
     if looks_local and not path.is_dir():
@@ -137,6 +137,8 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
 
 def _unloadable(name: str, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    if name.endswith(".gguf"):  # the reader's own words are about its arrays
+        reason = f"it is not a whole GGUF file of a model that transformers knows ({type(error).__name__}: {reason})"
     return (
         f"model={name!r} cannot be loaded: {reason}. Use {EMBEDDED!r}, a folder with "
         "config.json and safetensors, a .gguf file, or a hub id that can be reached"

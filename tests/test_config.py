@@ -40,6 +40,7 @@ BAD = [
     ({"response_style": "essay"}, "response_style='essay'", "rationale"),
     ({"response_style": "rationale", "corpus": "cola"}, "response_style='rationale'", "corpus='graded'"),
     ({"train_sentences": 2, "batch_size": 64}, "train_sentences=2", "at least"),
+    ({"lora_rank": 100_000}, "lora_rank=100000", "1024"),
     ({"model": ""}, "model=''", "at least 1"),
 ]
 

@@ -11,6 +11,7 @@ import trl
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from sftrl_utils import corpora
 from sftrl_utils.config import InputError, RunConfig
@@ -53,6 +54,21 @@ def test_a_prompt_is_token_by_token_what_trl_s_own_template_gives_with_thinking_
                 return_dict=False,
             )
             assert tokenizer(prompt)["input_ids"] == theirs
+
+
+def test_a_tokenizer_that_writes_bos_before_any_text_writes_the_template_s_no_second_time(embedded):
+    tokenizer = copy.deepcopy(embedded[1])
+    tokenizer.bos_token = "<|endoftext|>"
+    bos = tokenizer.bos_token_id
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    [before] = corpora.prompt_texts(tokenizer, ["Dogs bark."], "label")  # nothing but the template writes it
+    assert tokenizer(before)["input_ids"][0] == bos
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+    )
+    [prompt] = corpora.prompt_texts(tokenizer, ["Dogs bark."], "label")
+    assert tokenizer(prompt)["input_ids"] == embedded[1](before)["input_ids"]
+    assert tokenizer(prompt)["input_ids"].count(bos) == 1
 
 
 @pytest.mark.parametrize("style", ["label", "rationale"])

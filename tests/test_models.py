@@ -107,7 +107,8 @@ def test_a_corrupt_gguf_is_one_line(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
         models.load(str(path))
-    assert f"model={str(path)!r} cannot be loaded" in str(caught.value) and "\n" not in str(caught.value)
+    assert f"model={str(path)!r} cannot be loaded: it is not a whole GGUF file" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_without_eos_is_refused(embedded, tmp_path):
