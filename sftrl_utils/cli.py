@@ -28,7 +28,11 @@ def _parser() -> argparse.ArgumentParser:
     book.add_argument("--preset", choices=PRESETS, default="tiny", help="settings to run at (default: tiny)")
     book.set_defaults(command=_book)
 
-    run = commands.add_parser("run", help="train (or load) the stages of one pipeline without a notebook")
+    run = commands.add_parser(
+        "run",
+        help="train (or load) the stages of one pipeline without a notebook",
+        epilog=f"Parameters: {', '.join(RunConfig.model_fields)}. A preset sets all of them.",
+    )
     run.add_argument("pipeline", help=f"one of {', '.join(PIPELINES.values())}")
     run.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
@@ -99,7 +103,10 @@ def _publish(options: argparse.Namespace) -> int:
         copied = records.publish(options.dir, options.to)
     except ValueError as error:
         raise InputError(str(error)) from None
-    print(f"{copied} stages copied to {options.to}")
+    print(f"{len(copied)} stages copied to {options.to}")
+    for record in copied:
+        if not record.valid:  # claims and figures leave it out; whoever reads the tables should know why
+            print(f"{record.stage} is INVALID: {record.failed_gates}", file=sys.stderr)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from sftrl_utils.config import InputError
 from sftrl_utils.stages import Stage, chain
@@ -60,8 +61,8 @@ def push(stage: Stage, repository: str, private: bool = False) -> str:
     """
     if not stage.record.valid:
         raise InputError(f"{stage.record.stage} failed a health gate, not for others: {stage.record.failed_gates}")
-    if not (stage.path / "model").is_dir():
-        raise InputError(f"{str(stage.path)!r} holds no model, published stages have none: train it with `sftrl run`")
+    if not any((stage.path / "model").glob("*.safetensors")):
+        raise InputError(f"{str(stage.path)!r} holds no weights, published stages have none: train it with `sftrl run`")
     card, api = str(model_card(stage, repository.split("/")[-1])), HfApi()
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
@@ -72,9 +73,9 @@ def push(stage: Stage, repository: str, private: bool = False) -> str:
                 api.upload_file(repo_id=repository, path_or_fileobj=content, path_in_repo=name)
     except Exception as error:  # the hub client raises many kinds for one cause: it cannot be used
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(
-            f"{repository!r} was not pushed: {reason}. Log in with `hf auth login`, and name a repository of yours"
-        ) from None
+        answered = isinstance(error, (HfHubHTTPError, LocalTokenNotFoundError, HFValidationError))
+        remedy = "Log in with `hf auth login`, and name a repository of yours" if answered else "Is the network there?"
+        raise InputError(f"{repository!r} was not pushed: {reason}. {remedy}") from None
     if public:
         raise InputError(f"{repository!r} is there and public: name another one, or leave out --private")
     return str(url)

@@ -25,6 +25,7 @@ SUMMARY = (
     "acceptable_rate_dev",
     "kl_start_dev",
 )
+OPTIONS = ("format_steps", "lora_rank", "proxy_flipped")  # settings that most runs leave at 0
 PIPELINES = {
     ("sft",): "sft",
     ("grpo",): "grpo",
@@ -161,7 +162,7 @@ def runs_table(store: Path) -> pd.DataFrame:
         record, metrics = read_record(stage_dir), read_metrics(stage_dir)
         fields = ("stage", "kind", "parent", "pipeline", "preset", "model", "corpus", "seed", "beta")
         row = {name: getattr(record, name) for name in fields}
-        row |= {name: record.config[name] for name in ("response_style", "sft_steps", "rl_steps")}
+        row |= {name: record.config[name] for name in ("response_style", "sft_steps", "rl_steps", *OPTIONS)}
         for metric in SUMMARY:
             row[f"{metric}_start"], row[f"{metric}_end"] = metrics[metric].iloc[[0, -1]].astype(float)
         row |= {"wall_s": record.wall_s, "device": record.device, "gates": record.failed_gates or "ok"}
@@ -176,17 +177,18 @@ def runs_json(store: Path) -> str:
 
 
 def runs_text(store: Path) -> str:
-    """`runs_table` for a terminal: one line per stage, the main columns."""
+    """`runs_table` for a terminal: one line per stage, the main columns, and options that any stage makes use of."""
     table = runs_table(store)
     if table.empty:
         return f"no finished stages in {store}"
-    columns = ["stage", "pipeline", "preset", "seed", "beta", "sft_loss_dev_start", "sft_loss_dev_end"]
+    columns = ["stage", "pipeline", "preset", "seed", "beta", *(name for name in OPTIONS if table[name].any())]
+    columns += ["sft_loss_dev_start", "sft_loss_dev_end"]
     columns += ["mean_reward_dev_start", "mean_reward_dev_end", "wall_s", "gates"]
     return table[columns].to_string(index=False, float_format=lambda value: f"{value:.3f}")
 
 
-def publish(store: Path, target: Path) -> int:
-    """Copy record, metrics and report, no weights, of every finished stage in `store` to `target`; returns how many.
+def publish(store: Path, target: Path) -> list[RunRecord]:
+    """Copy record, metrics and report, no weights, of every finished stage in `store` to `target`; returns the records.
 
     What `target` holds of another version of the code is removed, the rest stays. Raises `ValueError`, `target`
     untouched, if the stages were trained by different versions of the code, whose numbers must not be mixed, or before
@@ -197,7 +199,8 @@ def publish(store: Path, target: Path) -> int:
     stages = finished_stages(store)
     if not stages:
         raise ValueError(f"{store} holds no finished stage: nothing to publish")
-    versions_of_code = {read_record(stage_dir).key["code"] for stage_dir in stages}
+    copied = [read_record(stage_dir) for stage_dir in stages]
+    versions_of_code = {record.key["code"] for record in copied}
     if len(versions_of_code) > 1:
         raise ValueError(
             f"{store} holds stages of {len(versions_of_code)} versions of the code: train into an empty one"
@@ -213,7 +216,7 @@ def publish(store: Path, target: Path) -> int:
         (target / stage_dir.name).mkdir(parents=True, exist_ok=True)
         for name in names:
             shutil.copyfile(stage_dir / name, target / stage_dir.name / name)
-    return len(stages)
+    return copied
 
 
 def metrics_table(store: Path, **where: Any) -> pd.DataFrame:

@@ -69,19 +69,23 @@ def test_an_invalid_stage_is_not_pushed(sft_then_rl, api):
     api.create_repo.assert_not_called()
 
 
-def test_a_published_stage_has_no_model_to_push(sft_then_rl, tmp_path, api, capsys):
+def test_a_published_stage_has_no_weights_to_push(sft_then_rl, tmp_path, api, capsys):
     records.publish(sft_then_rl[0].path.parent, tmp_path)
+    (tmp_path / sft_then_rl[0].record.stage / "model").mkdir()
     assert cli.main(["push", str(tmp_path / sft_then_rl[0].record.stage), "a/b"]) == 2
-    assert "holds no model" in capsys.readouterr().err
+    assert "holds no weights" in capsys.readouterr().err
     api.create_repo.assert_not_called()
 
 
-@pytest.mark.parametrize("error", [LocalTokenNotFoundError("Token is required.\nMore."), ConnectionError()])
-def test_a_hub_that_does_not_let_you_in_is_one_line(sft_then_rl, api, capsys, error):
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [(LocalTokenNotFoundError("Token is required.\nMore."), "hf auth login"), (ConnectionError(), "network")],
+)
+def test_a_hub_that_does_not_let_you_in_is_one_line(sft_then_rl, api, capsys, error, remedy):
     api.create_repo.side_effect = error
     assert cli.main(["push", str(sft_then_rl[0].path), "a/b"]) == 2
     message = capsys.readouterr().err
-    assert "'a/b' was not pushed: " in message and message.count("\n") == 1
+    assert "'a/b' was not pushed: " in message and remedy in message and message.count("\n") == 1
 
 
 def test_what_is_not_a_stage_is_one_line(tmp_path, capsys):

@@ -2,9 +2,10 @@
 
 import pandas as pd
 import pytest
+import torch
 from trl import GRPOTrainer, SFTTrainer
 
-from sftrl_utils import corpora, evaluation, models, training
+from sftrl_utils import corpora, evaluation, models, prefix_sharing, training
 from sftrl_utils.config import RunConfig
 
 
@@ -65,6 +66,25 @@ def test_the_anchor_is_the_policy_in_memory_not_the_checkpoint_it_came_from(monk
     else:
         anchor = made[0].ref_model.state_dict()
         assert all((anchor[name] == start[name]).all() for name in start)
+
+
+@pytest.mark.parametrize("trainer", [GRPOTrainer, prefix_sharing.PrefixSharingGRPOTrainer])
+def test_the_anchor_of_adapters_is_the_model_without_them(monkeypatch, trainer):
+    logs = []
+
+    class Kept(trainer):
+        def train(self):
+            super().train()
+            logs.extend(entry["kl"] for entry in self.state.log_history if "kl" in entry)
+
+    monkeypatch.setattr(training, "PrefixSharingGRPOTrainer", Kept)
+    settings = {"preset": "smoke", "model": "embedded", "dev_sentences": 4, "lora_rank": 4, "rl_steps": 4}
+    config = RunConfig.from_parameters({**settings, "beta": 0.5, "rl_learning_rate": 3e-3})
+    corpus, (model, tokenizer) = corpora.load_corpus(config), models.load(config.model)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.8)  # an earlier stage: the policy in memory is no longer the checkpoint
+    training.train("grpo", model, tokenizer, corpus, config, evaluation.Evaluator(corpus, tokenizer, "label"), 0)
+    assert logs[0] == pytest.approx(0.0, abs=1e-6) and logs[-1] > 1e-3
 
 
 @pytest.mark.parametrize(
