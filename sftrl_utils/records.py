@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import shlex
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from sftrl_utils.config import PRESETS, InputError
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "numpy")
+CHECKSUMS = "SHA256SUMS"
 SUMMARY = (
     "sft_loss_train",
     "sft_loss_dev",
@@ -132,9 +134,42 @@ def read_record(stage_dir: Path) -> RunRecord:
         raise InputError(f"{path} is damaged: remove {stage_dir}, and the stage is trained again") from None
 
 
+def write_checksums(folder: Path) -> None:
+    """Write `SHA256SUMS` for every file under `folder`, as `sha256sum -c` reads it."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in found]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def damaged_file(folder: Path) -> str:
+    """Name of a file in `folder` that is missing or not what `write_checksums` saw; "" if there is none."""
+    try:
+        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return CHECKSUMS
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        path = folder / name
+        if not name or not path.is_file() or _sha256(path) != digest:
+            return name or CHECKSUMS
+    return "" if lines else CHECKSUMS
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def read_metrics(stage_dir: Path) -> pd.DataFrame:
-    """Metrics table of a stage: one row per evaluation, `step` plus one column per metric and split."""
-    return pd.read_parquet(stage_dir / "metrics.parquet")
+    """Metrics table of a stage: one row per evaluation, `step` plus one column per metric and split.
+
+    Raises `InputError` if it cannot be read.
+    """
+    path = stage_dir / "metrics.parquet"
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError):  # pyarrow's errors are both
+        raise InputError(f"{path} is damaged: remove {stage_dir}, and the stage is trained again") from None
 
 
 def read_report(stage_dir: Path) -> pd.DataFrame:
@@ -216,6 +251,7 @@ def publish(store: Path, target: Path) -> list[RunRecord]:
         (target / stage_dir.name).mkdir(parents=True, exist_ok=True)
         for name in names:
             shutil.copyfile(stage_dir / name, target / stage_dir.name / name)
+        write_checksums(target / stage_dir.name)
     return copied
 
 

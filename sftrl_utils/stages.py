@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftrl_utils import (
@@ -81,8 +82,9 @@ def train_stage(config: RunConfig, kind: str, parent: Stage | None = None) -> St
 
     The stage's folder is named by a hash of all that its numbers depend on. A lock keeps two processes
     from training it twice; it is written under another name and renamed when whole, so a killed run
-    leaves nothing that could be read as finished. Raises `InputError` before training for input that
-    cannot be used.
+    leaves nothing that could be read as finished. A stage of which a file is no longer what was written is
+    trained again, and a line says so. Raises `InputError` before training for input that cannot be used,
+    and after it for a disk that is full.
     """
     if kind == "proxy" and config.response_style != "label":
         raise InputError(
@@ -91,11 +93,15 @@ def train_stage(config: RunConfig, kind: str, parent: Stage | None = None) -> St
     if parent is None and kind != "format" and config.format_steps:
         parent = train_stage(config.model_copy(update={"seed": 0}), "format")
     corpus = corpora.load_corpus(config)
-    key = stage_key(config, kind, corpus.revision, parent)
-    name = f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
+    key = stage_key(config, kind, corpus.revision, parent.record.stage if parent else models.revision(config.model))
+    name = stage_name(key)
     store = writable_store(config.out_dir)
-    with FileLock(store / f".{name}.lock"):
-        if not (store / name / "record.json").is_file():
+    with FileLock(store / f".{name}.lock"):  # the system drops it when its process dies: no lock is ever stale
+        finished = (store / name / "record.json").is_file()
+        if finished and (file := records.damaged_file(store / name)):
+            print(f"{store / name / file} is damaged: the stage is trained again")
+            finished = False
+        if not finished:
             _train_into(store, name, key, config, kind, corpus, parent)
     stage = open_stage(store / name)
     if not stage.record.valid:
@@ -105,13 +111,17 @@ def train_stage(config: RunConfig, kind: str, parent: Stage | None = None) -> St
 
 def train_pipeline(config: RunConfig, pipeline: str) -> list[Stage]:
     """Load or train the stages of `pipeline` (`sft_then_rl`, …) in order; the last one ends it."""
+    done: list[Stage] = []
+    for kind in _kinds(pipeline):
+        done.append(train_stage(config, kind, done[-1] if done else None))
+    return done
+
+
+def _kinds(pipeline: str) -> tuple[str, ...]:
     chains = {name: kinds for kinds, name in records.PIPELINES.items()}
     if pipeline not in chains:
         raise InputError(f"pipeline={pipeline!r} does not exist: choose one of {', '.join(chains)}")
-    done: list[Stage] = []
-    for kind in chains[pipeline]:
-        done.append(train_stage(config, kind, done[-1] if done else None))
-    return done
+    return chains[pipeline]
 
 
 def open_stage(path: Path) -> Stage:
@@ -134,16 +144,36 @@ def judged(stages: list[Stage]) -> pd.DataFrame:
     return pd.DataFrame({name: part.set_index("metric")["value"] for name, part in columns.items()})
 
 
-def stage_key(config: RunConfig, kind: str, corpus_revision: str, parent: Stage | None) -> dict[str, Any]:
-    """All that a stage's numbers depend on; settings that do not bear on this kind are left out."""
+def stage_key(config: RunConfig, kind: str, corpus_revision: str, parent: str) -> dict[str, Any]:
+    """All that a stage's numbers depend on; settings that do not bear on this kind are left out.
+
+    `parent` is the name of the stage before, or the revision of the base model (`models.revision`).
+    """
     names = COMMON_SETTINGS + RESULT_SETTINGS[kind]
     return {
         "kind": kind,
-        "parent": parent.record.stage if parent else models.revision(config.model),
+        "parent": parent,
         "corpus": corpus_revision,
         "code": CODE,
         "settings": {name: getattr(config, name) for name in names},
     }
+
+
+def stage_name(key: dict[str, Any]) -> str:
+    """The name of a stage's folder: its kind and a hash of its key."""
+    return f"{key['kind']}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def pipeline_names(config: RunConfig, pipeline: str, corpus_revision: str, base: str) -> list[str]:
+    """Names of the stages, in order, that `train_pipeline` loads or trains; `base` is the base model's revision."""
+    if config.format_steps:
+        unseeded = config.model_copy(update={"seed": 0})
+        base = stage_name(stage_key(unseeded, "format", corpus_revision, base))
+    names = [base] if config.format_steps else []
+    for kind in _kinds(pipeline):
+        base = stage_name(stage_key(config, kind, corpus_revision, base))
+        names.append(base)
+    return names
 
 
 def code_fingerprint() -> str:
@@ -213,12 +243,18 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
         gates=trained.gates,
     )
     unfinished = store / f".{name}.{os.getpid()}.tmp"
-    models.save(model, tokenizer, unfinished / "model")
-    np.savez(unfinished / "base.npz", **evaluator.references["base"])
-    trained.metrics.to_parquet(unfinished / "metrics.parquet", index=False)
-    pd.concat(reports, names=["point"]).reset_index().to_parquet(unfinished / "report.parquet", index=False)
-    (unfinished / "record.json").write_text(record.model_dump_json(indent=2), encoding="utf-8")
-    shutil.rmtree(store / name, ignore_errors=True)  # a folder without a record is nobody's
+    try:
+        models.save(model, tokenizer, unfinished / "model")
+        np.savez(unfinished / "base.npz", **evaluator.references["base"])
+        trained.metrics.to_parquet(unfinished / "metrics.parquet", index=False)
+        pd.concat(reports, names=["point"]).reset_index().to_parquet(unfinished / "report.parquet", index=False)
+        (unfinished / "record.json").write_text(record.model_dump_json(indent=2), encoding="utf-8")
+        records.write_checksums(unfinished)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"out_dir={str(store)!r}: {name} cannot be written ({reason}): make room there") from None
+    shutil.rmtree(store / name, ignore_errors=True)  # damaged, or without a record and nobody's
     unfinished.rename(store / name)
 
 

@@ -36,7 +36,8 @@ def test_one_line_a_stage(published):
 
 def test_publishing_copies_records_and_metrics_but_no_weights(published):
     names = {path.name for path in published.rglob("*") if path.is_file()}
-    assert names == {"metrics.parquet", "report.parquet", "record.json"}
+    assert names == {"metrics.parquet", "report.parquet", "record.json", "SHA256SUMS"}
+    assert all(records.damaged_file(stage) == "" for stage in records.finished_stages(published))
 
 
 def test_publishing_a_stage_without_its_report_touches_nothing(published, tmp_path_factory):

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from sftrl_utils import records, stages, training
+from sftrl_utils import corpora, models, records, stages, training
 from sftrl_utils.config import InputError, RunConfig
 
 METRICS = {"sft_loss", "sft_loss_sum", "mean_reward", "greedy_accuracy", "mcc", "acceptable_rate", "entropy"}
@@ -27,6 +27,7 @@ def test_a_stage_leaves_a_model_a_table_and_a_record(sft_then_rl, small_config):
             "report.parquet",
             "base.npz",
             "record.json",
+            "SHA256SUMS",
         }
         assert (stage.path / "model" / "model.safetensors").is_file()
         columns = {f"{metric}_{split}" for metric in METRICS for split in ("train", "dev", "heldout")}
@@ -175,19 +176,52 @@ def test_another_seed_gives_other_metrics(sft_then_rl, small_config):
 )
 def test_a_stage_depends_on_its_own_settings_only(small_config, setting, value, changes):
     changed = small_config.model_copy(update={setting: value})
-    keys = {kind: [stages.stage_key(c, kind, "r", None) for c in (small_config, changed)] for kind in ("sft", "grpo")}
+    keys = {kind: [stages.stage_key(c, kind, "r", "base") for c in (small_config, changed)] for kind in ("sft", "grpo")}
     assert {kind for kind, (before, after) in keys.items() if before != after} == changes
 
 
-def test_a_stage_depends_on_corpus_model_and_parent(small_config, sft_then_rl):
-    key = stages.stage_key(small_config, "sft", "r", None)
-    other_model = small_config.model_copy(update={"model": "embedded-random"})
-    for other in (
-        stages.stage_key(small_config, "sft", "other", None),
-        stages.stage_key(other_model, "sft", "r", None),
-        stages.stage_key(small_config, "sft", "r", sft_then_rl[0]),
-    ):
-        assert other != key
+def test_a_stage_depends_on_corpus_model_and_parent(small_config):
+    base = models.revision("embedded")
+    names = [
+        stages.pipeline_names(small_config, "sft", "r", base),
+        stages.pipeline_names(small_config, "sft", "other", base),
+        stages.pipeline_names(small_config, "sft", "r", models.revision("embedded-random")),
+        stages.pipeline_names(small_config, "sft_then_sft", "r", base)[1:],
+    ]
+    assert len({name for [name] in names}) == len(names)
+
+
+def test_the_names_of_stages_are_known_before_they_are_trained(sft_then_rl, small_config, tmp_path):
+    corpus, base = corpora.load_corpus(small_config).revision, models.revision(small_config.model)
+    planned = stages.pipeline_names(small_config, "sft_then_rl", corpus, base)
+    assert planned == [stage.record.stage for stage in sft_then_rl]
+    formed = small_config.model_copy(update={"format_steps": 2, "sft_steps": 1, "seed": 1, "out_dir": tmp_path})
+    [stage] = stages.train_pipeline(formed, "sft")
+    assert stages.pipeline_names(formed, "sft", corpus, base) == [stage.record.parent, stage.record.stage]
+
+
+@pytest.mark.parametrize("file", ["metrics.parquet", "model/model.safetensors", "record.json", "SHA256SUMS"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_stage_is_found_reported_and_trained_again(small_config, tmp_path, capsys, file, damage):
+    config = small_config.model_copy(update={"sft_steps": 1, "out_dir": tmp_path})
+    whole = stages.train_stage(config, "sft")
+    path = whole.path / file
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + (bytes([content[middle] ^ 1]) + content[middle + 1 :]) * (damage != "cut"))
+    capsys.readouterr()
+    again = stages.train_stage(config, "sft")
+    reported = capsys.readouterr().out
+    if (file, damage) == ("record.json", "gone"):
+        assert reported == ""  # without a record it was never finished
+    else:
+        assert "is damaged: the stage is trained again" in reported
+        assert file == "SHA256SUMS" or str(path) in reported
+    pd.testing.assert_frame_equal(again.metrics, whole.metrics)
+    assert records.damaged_file(again.path) == ""
 
 
 def test_code_counts_and_comments_do_not(monkeypatch):
