@@ -40,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.set_defaults(command=_run)
 
+    _add_sweep(commands)
+
     runs = commands.add_parser("runs", help="list finished stages, one line each")
     runs.add_argument("--dir", type=Path, default=Path("runs"), help="the store to list (default: runs)")
     runs.add_argument("--json", action="store_true", help="print a list of objects with all columns")
@@ -64,6 +66,96 @@ def _parser() -> argparse.ArgumentParser:
     base.add_argument("--to", type=Path, required=True, help="the folder to write it to, e.g. data/base")
     base.set_defaults(command=_base)
     return parser
+
+
+def _add_sweep(commands: argparse._SubParsersAction) -> None:
+    sweep = commands.add_parser("sweep", help="run notebooks with many parameters, named in a sweep file")
+    actions = sweep.add_subparsers(required=True, metavar="ACTION")
+    run = actions.add_parser("run", aliases=["resume"], help="run every cell that has neither finished nor failed")
+    run.add_argument("--dry-run", action="store_true", help="list the cells and the stages they share, run nothing")
+    run.set_defaults(command=_sweep_run)
+    retry = actions.add_parser("retry", help="run failed cells again")
+    which = retry.add_mutually_exclusive_group(required=True)
+    which.add_argument("--failed", action="store_true", help="all that have failed")
+    which.add_argument("--cell", action="append", help="this one, as `status` names it; may be repeated")
+    retry.set_defaults(command=_sweep_retry)
+    status = actions.add_parser("status", help="how many cells are finished, running, failed and waiting, and why")
+    status.set_defaults(command=_sweep_status)
+    for action in (run, retry, status):
+        action.add_argument("file", type=Path, help="a sweep file, e.g. notebooks/sweeps/smoke.yaml")
+        action.add_argument("--dir", type=Path, default=Path("runs"), help="the store of stages (default: runs)")
+    for action in (run, retry):
+        action.add_argument("--jobs", type=_count, help="cells at once on this machine (default: cores / --cpus)")
+        action.add_argument("--engine", choices=["local", "ray"], default="local", help="default: local")
+        action.add_argument("--address", help="of a Ray cluster, e.g. auto (default: one is started for this run)")
+        action.add_argument(
+            "--cpus", type=_count, default=1, help="threads of a cell, its numbers depend on them (default: 1)"
+        )
+        action.add_argument("--gpus", type=float, default=0, help="GPUs of a cell, for Ray (default: 0)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _sweep_run(options: argparse.Namespace) -> int:
+    from sftrl_utils import sweeps
+
+    plan = sweeps.plan(options.file, options.dir)
+    if options.dry_run:
+        print(sweeps.describe(plan))
+        return 0
+    whole, damaged = sweeps.whole_stages(plan)
+    for path in damaged:
+        print(f"{path} is damaged: the cells that need it run again")
+    states = sweeps.states(plan, whole)
+    return _run_cells(plan, {name for name, state in states.items() if state in {"waiting", "running"}}, options)
+
+
+def _sweep_retry(options: argparse.Namespace) -> int:
+    from sftrl_utils import engines, sweeps
+
+    plan = sweeps.plan(options.file, options.dir)
+    chosen = set(engines.failures(plan)) if options.failed else set(options.cell)
+    if unknown := chosen - {cell.name for cell in plan.cells}:
+        raise InputError(f"--cell={min(unknown)!r} is not in {options.file}: `sftrl sweep status` names them")
+    return _run_cells(plan, chosen, options)
+
+
+def _run_cells(plan, chosen: set[str], options: argparse.Namespace) -> int:
+    import os
+    import signal
+
+    from sftrl_utils import engines, records
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    records.writable_store(plan.store)
+    signal.signal(signal.SIGTERM, interrupt)  # how batch systems stop a job
+    if options.engine == "ray":
+        engine = engines.on_ray(options.address, options.cpus, options.gpus)
+    else:
+        engine = engines.local(options.jobs or max(1, (os.cpu_count() or 1) // options.cpus))
+    return engines.run(plan, engine, options.cpus, chosen)
+
+
+def _sweep_status(options: argparse.Namespace) -> int:
+    from sftrl_utils import engines, sweeps
+
+    plan = sweeps.plan(options.file, options.dir)
+    whole, damaged = sweeps.whole_stages(plan)
+    for path in damaged:
+        print(f"{path} is damaged: the cells that need it run again")
+    states = sweeps.states(plan, whole)
+    for name, state in states.items():
+        print(f"{state}  {name}")
+    counts = {state: list(states.values()).count(state) for state in ("finished", "running", "failed", "waiting")}
+    print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    engines.report_failures(plan, engines.failures(plan))
+    return 1 if counts["failed"] else 0
 
 
 def _book(options: argparse.Namespace) -> int:

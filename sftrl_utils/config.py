@@ -186,7 +186,7 @@ class RunConfig(BaseModel):
         try:
             return cls.model_validate({"preset": preset, **PRESETS[preset], **chosen})
         except ValidationError as error:
-            raise InputError(_one_line(error)) from None
+            raise InputError(one_line(error)) from None
 
     def table(self):
         """The settings as a one-column pandas table for a page: what this run uses."""
@@ -196,7 +196,8 @@ class RunConfig(BaseModel):
         return pd.DataFrame({"value": values}).rename_axis("parameter")
 
 
-def _one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError) -> str:
+    """The first fault that pydantic found: name, value and what is wrong."""
     first = error.errors()[0]
     reason = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:

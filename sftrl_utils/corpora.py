@@ -6,14 +6,17 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from sftrl_utils import grammar
 from sftrl_utils.config import InputError, RunConfig
+
+if TYPE_CHECKING:  # to know what is in a corpus nobody needs to wait for these
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 ANSWERS = ("unacceptable", "acceptable")  # indexed by label
 SPLITS = ("train", "dev", "heldout")
@@ -168,12 +171,16 @@ def sft_dataset(tokenizer: PreTrainedTokenizerBase, frame: pd.DataFrame, style: 
     rows = frame.itertuples()
     completions = [response_text(row.label, style, row.phenomenon) + tokenizer.eos_token for row in rows]
     prompts = prompt_texts(tokenizer, list(frame["sentence"]), style)
+    from datasets import Dataset
+
     return Dataset.from_dict({"prompt": prompts, "completion": completions})
 
 
 def rl_dataset(tokenizer: PreTrainedTokenizerBase, frame: pd.DataFrame, style: str) -> Dataset:
     """Rows of `prompt` and `label` for TRL's `GRPOTrainer`; the label goes to the reward function."""
     prompts = prompt_texts(tokenizer, list(frame["sentence"]), style)
+    from datasets import Dataset
+
     return Dataset.from_dict({"prompt": prompts, "label": frame["label"].tolist()})
 
 

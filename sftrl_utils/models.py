@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -16,17 +15,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
-from sftrl_utils.config import InputError, data_dir
+from sftrl_utils import sources
+from sftrl_utils.config import InputError
 
-EMBEDDED = "embedded"
-EMBEDDED_RANDOM = "embedded-random"  # the shipped architecture and tokenizer with untrained weights
-
-
-def base_dir() -> Path:
-    """Folder of the shipped base model (safetensors, tokenizer, chat template)."""
-    return data_dir() / "base"
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -37,20 +32,20 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     bfloat16; attention is transformers' choice for the model and what is installed. Raises `InputError` if the model
     or a usable tokenizer is not there.
     """
-    source, options = _source(name)
+    source, options = sources.locate(name)
     # The reader of GGUF files raises whatever broken bytes lead to.
     broken = Exception if "gguf_file" in options else (OSError, ValueError, SafetensorError)
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if name == EMBEDDED_RANDOM:
+        if name == sources.EMBEDDED_RANDOM:
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
         else:
             safe = {} if "gguf_file" in options else {"use_safetensors": True}
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **safe, **options)
     except broken as error:
-        raise InputError(_unloadable(name, error)) from None
+        raise InputError(sources.unloadable(name, error)) from None
     if tokenizer.eos_token is None or tokenizer.chat_template is None:
         missing = "EOS token" if tokenizer.eos_token is None else "chat template"
         raise InputError(f"model={name!r}: its tokenizer has no {missing}; use an instruction-tuned model")
@@ -77,6 +72,8 @@ def adapters(rank: int) -> LoraConfig | None:
     """LoRA adapters of `rank` on every linear layer, as TRL's trainers take them; None for rank 0."""
     if not rank:
         return None
+    from peft import LoraConfig  # a second that those who plan or evaluate need not wait
+
     # alpha = 32 for every rank: the best learning rate then hardly depends on it (Schulman et al., LoRA Without Regret)
     return LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -99,55 +96,3 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """Write safetensors and tokenizer to `folder`; `load(str(folder))` gives them back."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def revision(name: str) -> str:
-    """What pins the model behind `name`: a hash of the local files that define it, or the hub's commit.
-
-    Raises `InputError` for a hub id that cannot be reached.
-    """
-    source, options = _source(name)
-    if "gguf_file" in options:
-        return _hash(Path(source) / options["gguf_file"])
-    if Path(source).is_dir():
-        patterns = ("config.json", "tokenizer*", "chat_template.jinja", "*.safetensors")
-        files = sorted(path for pattern in patterns for path in Path(source).glob(pattern))
-        if name == EMBEDDED_RANDOM:
-            return "random-" + _hash(*(path for path in files if path.suffix != ".safetensors"))
-        return _hash(*files)
-    try:
-        return f"{name}@{Path(cached_file(source, 'config.json')).parent.name}"  # the cache names it by commit
-    except OSError as error:
-        raise InputError(_unloadable(name, error)) from None
-
-
-def _source(name: str) -> tuple[str, dict[str, str]]:
-    if name in {EMBEDDED, EMBEDDED_RANDOM}:
-        return str(base_dir()), {}
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"model={name!r} is not there: name a .gguf file, {EMBEDDED!r}, a folder or a hub id")
-        return str(path.parent), {"gguf_file": path.name}
-    looks_local = path.is_absolute() or name.startswith(".") or name.count("/") != 1
-    if looks_local and not path.is_dir():
-        raise InputError(f"model={name!r} is neither {EMBEDDED!r}, a folder, a .gguf file nor a hub id (owner/name)")
-    return name, {}
-
-
-def _unloadable(name: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    if name.endswith(".gguf"):  # the reader's own words are about its arrays
-        reason = f"it is not a whole GGUF file of a model that transformers knows ({type(error).__name__}: {reason})"
-    return (
-        f"model={name!r} cannot be loaded: {reason}. Use {EMBEDDED!r}, a folder with "
-        "config.json and safetensors, a .gguf file, or a hub id that can be reached"
-    )
-
-
-def _hash(*paths: Path) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]

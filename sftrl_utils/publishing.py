@@ -61,7 +61,7 @@ def _execute_one(source: Path, copy: Path, key: str, preset: str, root: Path) ->
     clock = time.perf_counter()
     try:
         with copy.with_suffix(".log").open("w", encoding="utf-8") as log:
-            _run(source, unfinished, preset, root, log)
+            run_notebook(source, unfinished, {"preset": preset}, root, log, progress_bar={"desc": source.stem})
     except papermill.PapermillExecutionError as error:
         reason = (str(error.evalue).splitlines() or ["no message"])[0]
         raise InputError(f"{source.name}: {error.ename}: {reason} (the run so far: {unfinished})") from None
@@ -79,13 +79,18 @@ def _execute_one(source: Path, copy: Path, key: str, preset: str, root: Path) ->
     _record_path(copy).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
-def _run(source: Path, output: Path, preset: str, root: Path, log: TextIO) -> None:
-    """Execute `source` in a kernel of its own, with a progress bar; what its cells print goes to `log`."""
+def run_notebook(
+    source: Path, output: Path, parameters: dict[str, Any], folder: Path, log: TextIO, progress_bar: Any = False
+) -> None:
+    """Execute `source` with `parameters` in a kernel of its own, in `folder`; what its cells print goes to `log`.
+
+    Raises what papermill raises: `PapermillExecutionError` for a cell, `RuntimeError` for a kernel.
+    """
     for attempt in (1, 2):
         try:
             papermill.execute_notebook(
-                source, output, {"preset": preset}, kernel_name="python3", cwd=root,
-                progress_bar={"desc": source.stem}, stdout_file=log, stderr_file=log,
+                source, output, parameters, kernel_name="python3", cwd=folder,
+                progress_bar=progress_bar, stdout_file=log, stderr_file=log,
             )  # fmt: skip
             return
         except RuntimeError:  # a kernel that died before it was ready, e.g. over a port: once more
@@ -161,14 +166,14 @@ def staged_notebook(source: NotebookNode, executed: NotebookNode, run: dict[str,
     for cell in source.cells:
         if cell.cell_type == "code":
             ran[cell.id].metadata = cell.metadata  # captions and tags, like prose, need no new run
-        page.cells.append(_cleaned(ran[cell.id], root) if cell.cell_type == "code" else cell)
+        page.cells.append(cleaned(ran[cell.id], root) if cell.cell_type == "code" else cell)
         if len(page.cells) == 1 and run:
             page.cells.append(nbformat.v4.new_markdown_cell(last_run_line(run), id="last-run"))
     injected = [cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", [])]
     for cell in injected:
         place = next(i for i, c in enumerate(page.cells) if "parameters" in c.metadata.get("tags", [])) + 1
         cell.metadata["tags"] = [*cell.metadata["tags"], "remove-cell"]
-        page.cells.insert(place, _cleaned(cell, root))
+        page.cells.insert(place, cleaned(cell, root))
     return page
 
 
@@ -178,7 +183,8 @@ def last_run_line(run: dict[str, Any]) -> str:
     return f"*Last run {run['date']}: preset `{run['preset']}`, {run['wall_s']:.0f} s on {run['device']}; {packages}.*"
 
 
-def _cleaned(cell: NotebookNode, root: Path) -> NotebookNode:
+def cleaned(cell: NotebookNode, root: Path) -> NotebookNode:
+    """`cell` without what papermill and widgets left in it, paths under `root` made relative; changed in place."""
     for name in _STALE_METADATA:
         cell.metadata.pop(name, None)
     prefix = str(root.resolve()) + os.sep

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -178,6 +179,20 @@ def read_report(stage_dir: Path) -> pd.DataFrame:
     Columns `point` (`start` or `end`), `metric`, `value`, `low`, `high`.
     """
     return pd.read_parquet(stage_dir / "report.parquet")
+
+
+def writable_store(folder: Path) -> Path:
+    """`folder`, made if it is not there. Raises `InputError` if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"out_dir={str(folder)!r} cannot be written to ({error.strerror}): name another folder"
+        ) from None
+    return folder
 
 
 def finished_stages(store: Path) -> list[Path]:

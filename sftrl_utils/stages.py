@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import inspect
-import json
 import os
 import shutil
 import sys
@@ -14,7 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,33 +18,11 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sftrl_utils import (
-    corpora,
-    evaluation,
-    grammar,
-    lexicon,
-    models,
-    prefix_sharing,
-    protocol,
-    records,
-    rewards,
-    training,
-)
+from sftrl_utils import corpora, keys, models, protocol, records, sources, training
 from sftrl_utils.config import InputError, RunConfig
 from sftrl_utils.evaluation import Evaluator
 from sftrl_utils.records import RunRecord
 
-RESULT_MODULES = (lexicon, grammar, corpora, models, rewards, evaluation, prefix_sharing, training, protocol)
-_RL_SETTINGS = ("rl_steps", "rl_learning_rate", "beta", "group_size", "loss_type")
-_SFT_SETTINGS = ("sft_steps", "sft_learning_rate")
-RESULT_SETTINGS = {
-    "format": ("format_steps", "sft_learning_rate"),  # it is always evaluated twice
-    "sft": (*_SFT_SETTINGS, "evaluations"),
-    "grpo": (*_RL_SETTINGS, "evaluations"),
-    "constant": (*_RL_SETTINGS, "evaluations"),
-    "proxy": (*_RL_SETTINGS, *_SFT_SETTINGS, "evaluations", "proxy_flipped"),
-}
-COMMON_SETTINGS = ("response_style", "seed", "batch_size", "lora_rank", "gradient_checkpointing")
 SEED_STRIDE = 1_000_003  # a stage must not replay the order of data or samples of the one before
 
 
@@ -93,9 +66,10 @@ def train_stage(config: RunConfig, kind: str, parent: Stage | None = None) -> St
     if parent is None and kind != "format" and config.format_steps:
         parent = train_stage(config.model_copy(update={"seed": 0}), "format")
     corpus = corpora.load_corpus(config)
-    key = stage_key(config, kind, corpus.revision, parent.record.stage if parent else models.revision(config.model))
-    name = stage_name(key)
-    store = writable_store(config.out_dir)
+    before = parent.record.stage if parent else sources.revision(config.model)
+    key = keys.stage_key(config, kind, corpus.revision, before)
+    name = keys.stage_name(key)
+    store = records.writable_store(config.out_dir)
     with FileLock(store / f".{name}.lock"):  # the system drops it when its process dies: no lock is ever stale
         finished = (store / name / "record.json").is_file()
         if finished and (file := records.damaged_file(store / name)):
@@ -112,16 +86,9 @@ def train_stage(config: RunConfig, kind: str, parent: Stage | None = None) -> St
 def train_pipeline(config: RunConfig, pipeline: str) -> list[Stage]:
     """Load or train the stages of `pipeline` (`sft_then_rl`, …) in order; the last one ends it."""
     done: list[Stage] = []
-    for kind in _kinds(pipeline):
+    for kind in keys.kinds_of(pipeline):
         done.append(train_stage(config, kind, done[-1] if done else None))
     return done
-
-
-def _kinds(pipeline: str) -> tuple[str, ...]:
-    chains = {name: kinds for kinds, name in records.PIPELINES.items()}
-    if pipeline not in chains:
-        raise InputError(f"pipeline={pipeline!r} does not exist: choose one of {', '.join(chains)}")
-    return chains[pipeline]
 
 
 def open_stage(path: Path) -> Stage:
@@ -142,64 +109,6 @@ def judged(stages: list[Stage]) -> pd.DataFrame:
     columns = {"base": stages[0].report.query("point == 'start'")}
     columns |= {" → ".join(stage.record.kinds): stage.report.query("point == 'end'") for stage in stages}
     return pd.DataFrame({name: part.set_index("metric")["value"] for name, part in columns.items()})
-
-
-def stage_key(config: RunConfig, kind: str, corpus_revision: str, parent: str) -> dict[str, Any]:
-    """All that a stage's numbers depend on; settings that do not bear on this kind are left out.
-
-    `parent` is the name of the stage before, or the revision of the base model (`models.revision`).
-    """
-    names = COMMON_SETTINGS + RESULT_SETTINGS[kind]
-    return {
-        "kind": kind,
-        "parent": parent,
-        "corpus": corpus_revision,
-        "code": CODE,
-        "settings": {name: getattr(config, name) for name in names},
-    }
-
-
-def stage_name(key: dict[str, Any]) -> str:
-    """The name of a stage's folder: its kind and a hash of its key."""
-    return f"{key['kind']}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
-
-
-def pipeline_names(config: RunConfig, pipeline: str, corpus_revision: str, base: str) -> list[str]:
-    """Names of the stages, in order, that `train_pipeline` loads or trains; `base` is the base model's revision."""
-    if config.format_steps:
-        unseeded = config.model_copy(update={"seed": 0})
-        base = stage_name(stage_key(unseeded, "format", corpus_revision, base))
-    names = [base] if config.format_steps else []
-    for kind in _kinds(pipeline):
-        base = stage_name(stage_key(config, kind, corpus_revision, base))
-        names.append(base)
-    return names
-
-
-def code_fingerprint() -> str:
-    """Hash of the code and libraries that numbers depend on; comments and docstrings do not count."""
-    digest = hashlib.sha256(json.dumps(records.versions(), sort_keys=True).encode())
-    for module in (*RESULT_MODULES, sys.modules[__name__]):
-        tree = ast.parse(inspect.getsource(module))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                node.body.pop(0)
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:16]
-
-
-def writable_store(folder: Path) -> Path:
-    """`folder`, made if it is not there. Raises `InputError` if it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"out_dir={str(folder)!r} cannot be written to ({error.strerror}): name another folder"
-        ) from None
-    return folder
 
 
 def _train_into(store, name, key, config, kind, corpus, parent) -> None:
@@ -280,5 +189,4 @@ def _peak_mb() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 
 
-# Of the code that was imported, not of files edited since.
-CODE, COMMIT = code_fingerprint(), records.git_commit()
+COMMIT = records.git_commit()  # of the code that was imported, not of files edited since

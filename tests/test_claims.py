@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftrl_utils import claims, corpora, figures, models, records, stages
+from sftrl_utils import claims, corpora, figures, records, sources, stages
 from sftrl_utils.config import RunConfig
 
 CHANGES = st.lists(st.integers(-1000, 1000).map(lambda n: n / 100), min_size=3, max_size=8)
@@ -110,7 +110,7 @@ def test_the_published_runs_cover_both_claims_and_rest_on_what_ships():
         record = records.read_record(path)
         assert record.key["corpus"] == corpus.revision
         if record.parent == "base":
-            assert record.key["parent"] == models.revision("embedded")
+            assert record.key["parent"] == sources.revision("embedded")
 
 
 def test_the_proxy_table_holds_changes_of_both_rewards(small_config, tmp_path):

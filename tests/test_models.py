@@ -9,7 +9,7 @@ import torch
 import trl
 from transformers import Qwen3ForCausalLM
 
-from sftrl_utils import models
+from sftrl_utils import models, sources
 from sftrl_utils.config import InputError
 
 
@@ -17,7 +17,7 @@ def test_the_shipped_base_is_a_small_qwen3_with_its_template_and_tokens(embedded
     model, tokenizer = embedded
     assert isinstance(model, Qwen3ForCausalLM)
     assert 1e6 <= sum(weight.numel() for weight in model.parameters()) <= 8e6
-    assert sum(file.stat().st_size for file in models.base_dir().iterdir()) <= 16e6
+    assert sum(file.stat().st_size for file in sources.base_dir().iterdir()) <= 16e6
     template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
     assert tokenizer.chat_template == template.read_text(encoding="utf-8")
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
@@ -39,10 +39,10 @@ def test_saved_and_loaded_models_agree(embedded, tmp_path):
     assert copied("The dog barks.")["input_ids"] == ids[0].tolist()
     with torch.no_grad():
         assert torch.equal(model(ids).logits, copy(ids).logits)
-    revision = models.revision(str(tmp_path / "copy"))
+    revision = sources.revision(str(tmp_path / "copy"))
     with (tmp_path / "copy" / "chat_template.jinja").open("a") as stream:
         stream.write(" ")
-    assert models.revision(str(tmp_path / "copy")) != revision
+    assert sources.revision(str(tmp_path / "copy")) != revision
 
 
 def test_the_random_twin_shares_the_architecture_only(embedded):
@@ -51,7 +51,7 @@ def test_the_random_twin_shares_the_architecture_only(embedded):
     assert first.config.hidden_size == model.config.hidden_size
     assert torch.equal(first.model.embed_tokens.weight, second.model.embed_tokens.weight)
     assert not torch.equal(first.model.embed_tokens.weight, model.model.embed_tokens.weight)
-    assert models.revision("embedded-random") != models.revision("embedded")
+    assert sources.revision("embedded-random") != sources.revision("embedded")
 
 
 @pytest.mark.parametrize("name", ["embeded", "./nowhere", "/nowhere/at/all", "no-such-owner/no-such-model", "x.gguf"])
@@ -64,13 +64,13 @@ def test_a_missing_model_is_one_line(name):
 def test_a_hub_model_is_pinned_by_name_and_commit(monkeypatch, tmp_path):
     for name in ("one/model", "two/model"):
         cached = tmp_path / name / "snapshots" / "abc123" / "config.json"
-        monkeypatch.setattr(models, "cached_file", lambda *_, cached=cached: str(cached))
-        assert models.revision(name) == f"{name}@abc123"
+        monkeypatch.setattr(sources, "cached_file", lambda *_, cached=cached: str(cached))
+        assert sources.revision(name) == f"{name}@abc123"
 
 
 def test_a_hub_model_that_cannot_be_reached_is_one_line():
     with pytest.raises(InputError) as caught:
-        models.revision("no-such-owner/no-such-model")
+        sources.revision("no-such-owner/no-such-model")
     assert "no-such-owner" in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from sftrl_utils import corpora, models, pretraining
+from sftrl_utils import corpora, pretraining, sources
 from sftrl_utils.config import RunConfig
 from sftrl_utils.evaluation import Evaluator
 
 
 def test_rebuilding_gives_the_same_first_losses(tmp_path):
-    shipped = json.loads((models.base_dir() / "pretraining.json").read_text())
+    shipped = json.loads((sources.base_dir() / "pretraining.json").read_text())
     rebuilt = pretraining.pretrain(tmp_path, max_steps=5)
     assert rebuilt == pytest.approx(shipped["first_losses"][:5], rel=1e-3)
-    ours, theirs = (folder / "tokenizer.json" for folder in (tmp_path, models.base_dir()))
+    ours, theirs = (folder / "tokenizer.json" for folder in (tmp_path, sources.base_dir()))
     assert ours.read_bytes() == theirs.read_bytes()
 
 

@@ -1,5 +1,6 @@
 """The store: a stage is trained once, depends on what it should, and survives being killed."""
 
+import ast
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from sftrl_utils import corpora, models, records, stages, training
+from sftrl_utils import corpora, keys, records, sources, stages, training
 from sftrl_utils.config import InputError, RunConfig
 
 METRICS = {"sft_loss", "sft_loss_sum", "mean_reward", "greedy_accuracy", "mcc", "acceptable_rate", "entropy"}
@@ -176,28 +177,28 @@ def test_another_seed_gives_other_metrics(sft_then_rl, small_config):
 )
 def test_a_stage_depends_on_its_own_settings_only(small_config, setting, value, changes):
     changed = small_config.model_copy(update={setting: value})
-    keys = {kind: [stages.stage_key(c, kind, "r", "base") for c in (small_config, changed)] for kind in ("sft", "grpo")}
+    keys = {kind: [keys.stage_key(c, kind, "r", "base") for c in (small_config, changed)] for kind in ("sft", "grpo")}
     assert {kind for kind, (before, after) in keys.items() if before != after} == changes
 
 
 def test_a_stage_depends_on_corpus_model_and_parent(small_config):
-    base = models.revision("embedded")
+    base = sources.revision("embedded")
     names = [
-        stages.pipeline_names(small_config, "sft", "r", base),
-        stages.pipeline_names(small_config, "sft", "other", base),
-        stages.pipeline_names(small_config, "sft", "r", models.revision("embedded-random")),
-        stages.pipeline_names(small_config, "sft_then_sft", "r", base)[1:],
+        keys.pipeline_names(small_config, "sft", "r", base),
+        keys.pipeline_names(small_config, "sft", "other", base),
+        keys.pipeline_names(small_config, "sft", "r", sources.revision("embedded-random")),
+        keys.pipeline_names(small_config, "sft_then_sft", "r", base)[1:],
     ]
     assert len({name for [name] in names}) == len(names)
 
 
 def test_the_names_of_stages_are_known_before_they_are_trained(sft_then_rl, small_config, tmp_path):
-    corpus, base = corpora.load_corpus(small_config).revision, models.revision(small_config.model)
-    planned = stages.pipeline_names(small_config, "sft_then_rl", corpus, base)
+    corpus, base = corpora.load_corpus(small_config).revision, sources.revision(small_config.model)
+    planned = keys.pipeline_names(small_config, "sft_then_rl", corpus, base)
     assert planned == [stage.record.stage for stage in sft_then_rl]
     formed = small_config.model_copy(update={"format_steps": 2, "sft_steps": 1, "seed": 1, "out_dir": tmp_path})
     [stage] = stages.train_pipeline(formed, "sft")
-    assert stages.pipeline_names(formed, "sft", corpus, base) == [stage.record.parent, stage.record.stage]
+    assert keys.pipeline_names(formed, "sft", corpus, base) == [stage.record.parent, stage.record.stage]
 
 
 @pytest.mark.parametrize("file", ["metrics.parquet", "model/model.safetensors", "record.json", "SHA256SUMS"])
@@ -224,7 +225,7 @@ def test_a_damaged_stage_is_found_reported_and_trained_again(small_config, tmp_p
     assert records.damaged_file(again.path) == ""
 
 
-def test_code_counts_and_comments_do_not(monkeypatch):
+def test_code_counts_and_comments_do_not(monkeypatch, tmp_path):
     source = 'def f(x):\n    """Doc."""\n    return x\n'
     variants = {
         "same": source,
@@ -232,11 +233,25 @@ def test_code_counts_and_comments_do_not(monkeypatch):
         "docstring": source.replace("Doc.", "Other."),
         "code": source.replace("return x", "return -x"),
     }
-    prints = {}
+    monkeypatch.setattr(keys, "__file__", str(tmp_path / "keys.py"))
     for name, text in variants.items():
-        monkeypatch.setattr(stages.inspect, "getsource", lambda _, text=text: text)
-        prints[name] = stages.code_fingerprint()
+        (tmp_path / f"{name}.py").write_text(text)
+    prints = {name: keys.code_fingerprint([name]) for name in variants}
     assert prints["same"] == prints["comment"] == prints["docstring"] != prints["code"]
+
+
+def test_every_module_that_numbers_depend_on_is_in_their_key():
+    """What `stages` imports, directly or not, but settings and the names of things."""
+    found, queue = set(), ["stages"]
+    while queue:
+        name = queue.pop()
+        tree = ast.parse((Path(keys.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sftrl_utils"):
+                inner = node.module.removeprefix("sftrl_utils").strip(".")
+                queue += [name for name in ([inner] if inner else [a.name for a in node.names]) if name not in found]
+        found.add(name)
+    assert found - {"records", "config"} == set(keys.RESULT_MODULES)
 
 
 RUN = """
