@@ -166,9 +166,9 @@ class _Notebook:
         except (OSError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
             reason = getattr(error, "strerror", None) or "not a notebook"
             raise InputError(f"notebook={str(path)!r} cannot be read ({reason}): give a path from the file") from None
-        code = publishing.code_cells(notebook)
+        code = [source for _, source in publishing.code_cells(notebook)]
         lock = Path(__file__).parent.parent / "requirements.lock"
-        parts = [code, keys.code_fingerprint(imported_modules("\n".join(_python(source) for _, source in code)))]
+        parts = [code, keys.code_fingerprint(imported_modules("\n".join(_python(source) for source in code)))]
         parts += [lock.read_text(encoding="utf-8") if lock.is_file() else ""]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return cls(path.resolve(), notebook.metadata.get("sftrl", {}).get("pipelines", []), digest)

@@ -30,7 +30,8 @@ TRAIN = 'from sftrl_utils import stages\nstages.train_stage(config, "sft")'
 
 def notebook(path: Path, *code: str, pipelines=()) -> Path:
     """A notebook that counts its runs and then does `code`."""
-    metadata = {"sftrl": {"pipelines": list(pipelines)}, "language_info": {"name": "python"}}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    metadata = {"sftrl": {"pipelines": list(pipelines)}, "kernelspec": kernel, "language_info": {"name": "python"}}
     made = nbformat.v4.new_notebook(metadata=metadata)
     parameters = nbformat.v4.new_code_cell('preset = "smoke"\nseed = 0\nbeta = None\nrl_steps = None\nout_dir = "runs"')
     parameters.metadata["tags"] = ["parameters"]
@@ -375,7 +376,6 @@ def test_ray_that_is_not_there_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_ray_gives_the_same_table(trained, tmp_path):
-    pytest.importorskip("ray")
     file = sweep_file(tmp_path, TRAIN, pipelines=["sft"])
     file.write_text(trained.read_text())
     status, printed = run(file, "--engine", "ray")
@@ -385,7 +385,6 @@ def test_ray_gives_the_same_table(trained, tmp_path):
 
 
 def test_a_cell_whose_ray_worker_is_killed_is_run_again(tmp_path):
-    pytest.importorskip("ray")
     code = 'import time\nwhile seed == 0 and not Path(out_dir, "go").exists(): time.sleep(0.1)'
     file = sweep_file(tmp_path, code, seeds=2)
     process = start(file, "--engine", "ray")
