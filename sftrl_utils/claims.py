@@ -60,11 +60,12 @@ def mean_change(values: np.ndarray | pd.Series) -> tuple[float, float, float]:
 
 
 def change_intervals(
-    store: Path, pipeline: str, control: str, metrics: list[str], preset: str = "tiny", beta: float = 0.0
+    store: Path, pipeline: str, control: str | None, metrics: list[str], preset: str = "tiny", beta: float = 0.0
 ) -> pd.DataFrame:
     """Mean change of each metric over the last stage of `pipeline`, of its control, and their difference.
 
-    The difference is paired by seed: it is what the kind of the second stage does, beyond there being one.
+    The difference is paired by seed: it is what the kind of the second stage does, beyond there being one. Without a
+    control (None) there is the change alone.
     One row per (stage, metric) with a 95 % BCa interval; `rose` counts the seeds with a positive change.
     """
     changes = {
@@ -72,8 +73,10 @@ def change_intervals(
         .drop("mean")
         .xs("change", axis=1, level=1)
         for name in (pipeline, control)
+        if name
     }
-    changes["difference"] = changes[pipeline] - changes[control]
+    if control:
+        changes["difference"] = changes[pipeline] - changes[control]
     rows = {
         (name, metric): [*mean_change(change[metric]), int((change[metric] > 0).sum()), len(change)]
         for name, change in changes.items()
@@ -111,6 +114,12 @@ def judged(store: Path, pipeline: str, preset: str = "tiny", beta: float = 0.0) 
     """The harder judgement along `pipeline`, means over seeds: rows are metrics, columns the base and each stage."""
     table = reports(store, pipeline, preset, beta).groupby(["metric", "point"], sort=False)["value"].mean()
     return table.unstack("point").rename(columns={0: "base", 1: "after stage 1", 2: "after stage 2"})
+
+
+def stage_ends(table: pd.DataFrame, pipeline: str) -> pd.DataFrame:
+    """Rows of a sweep's table (`sweeps.results_table`) that are the last evaluation of `pipeline`, one a cell."""
+    rows = table[(table["pipeline"] == pipeline) & table["valid"]]
+    return rows.sort_values("step").groupby("cell", as_index=False).last()
 
 
 def benchmark() -> pd.DataFrame:

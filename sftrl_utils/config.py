@@ -64,11 +64,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_TINY,
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "corpus": "cola",
-        "sft_learning_rate": 5e-5,  # full fine-tuning of 135 M parameters
+        "sft_learning_rate": 3e-6,  # of 3e-6, 1e-5, 2e-5 and 5e-5 (seed 100) the one whose dev loss swings least
         "rl_learning_rate": 1e-5,
         "sft_steps": 80,  # one pass over the sentences at 32 a step
         "rl_steps": 80,  # as many updates
-        "format_steps": 20,  # of 24 sampled answers of the untouched model none was one of the two words
+        "format_steps": 40,  # of 24 sampled answers of the untouched model none was one of the two words
         "evaluations": 4,  # an evaluation takes longer than ten updates
         "train_sentences": 2560,
         "dev_sentences": 527,  # the whole public in-domain dev file

@@ -89,6 +89,27 @@ def seeds_figure(store: Path, pipelines: Sequence[str], metric: str, split: str,
     return figure
 
 
+def swept(ends: pd.DataFrame, parameter: str, metrics: Sequence[str], base: pd.Series) -> Figure:
+    """One panel a metric on dev: where the cells of a sweep end, over the values of `parameter`.
+
+    `ends` is `claims.stage_ends`: dots are cells, the line their mean over seeds with its 95 % interval. `base` holds
+    the metrics of the base model.
+    """
+    use_style()
+    figure, axes = plt.subplots(1, len(metrics), figsize=(5.2 * len(metrics), 3.6), squeeze=False)
+    least = ends[parameter][ends[parameter] > 0].min()
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        column = f"{metric}_dev"
+        sns.lineplot(ends, x=parameter, y=column, errorbar=("ci", 95), seed=0, ax=axis, label="mean over seeds")
+        axis.plot(ends[parameter], ends[column], ".", color="0.4", label="one cell")
+        axis.axhline(base[column], color="0.5", linestyle="--", linewidth=1, label="base model")
+        axis.set_xscale("symlog", linthresh=least)  # 0 is among the values
+        axis.set(xlabel=parameter, ylabel=f"{LABELS[metric]}, dev", xlim=(-least / 4, None))
+        axis.legend(title=None)
+    plt.close(figure)
+    return figure
+
+
 def gold_and_proxy(store: Path, preset: str = "tiny") -> Figure:
     """Mean reward on dev while GRPO follows a reward model, by the verifier (gold) and by that model (proxy).
 

@@ -240,6 +240,8 @@ def runs_text(store: Path) -> str:
 def publish(store: Path, target: Path) -> list[RunRecord]:
     """Copy record, metrics and report, no weights, of every finished stage in `store` to `target`; returns the records.
 
+    Tables of sweeps go with them.
+
     What `target` holds of another version of the code is removed, the rest stays. Raises `ValueError`, `target`
     untouched, if the stages were trained by different versions of the code, whose numbers must not be mixed, or before
     stages had a report.
@@ -259,6 +261,7 @@ def publish(store: Path, target: Path) -> list[RunRecord]:
     lacking = [stage_dir / name for stage_dir in stages for name in names if not (stage_dir / name).is_file()]
     if lacking:
         raise ValueError(f"{lacking[0]} is not there, an earlier version trained this stage: train it again")
+    tables = sorted(store.glob("sweeps/*/results.parquet"))
     outdated = [old for old in finished_stages(target) if read_record(old).key["code"] not in versions_of_code]
     for old in outdated:
         shutil.rmtree(old)
@@ -267,6 +270,9 @@ def publish(store: Path, target: Path) -> list[RunRecord]:
         for name in names:
             shutil.copyfile(stage_dir / name, target / stage_dir.name / name)
         write_checksums(target / stage_dir.name)
+    for table in tables:
+        (target / table.parent.relative_to(store)).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(table, target / table.relative_to(store))
     return copied
 
 

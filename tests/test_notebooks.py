@@ -21,9 +21,11 @@ LEAVES = {
     "01_theory": set(),
     "02_sft": {"sft"},
     "03_grpo": {"grpo"},
-    "04_sft_then_rl": {"sft", "sft_then_rl", "sft_then_constant_rl"},
-    "05_rl_then_sft": {"grpo", "rl_then_sft", "constant_rl"},
+    "04_sft_then_rl": {"sft", "sft_then_rl", "sft_then_sft", "sft_then_constant_rl"},
+    "05_rl_then_sft": {"grpo", "rl_then_sft", "rl_then_rl", "constant_rl"},
     "08_costs": set(),
+    "09_pretrained": set(),
+    "10_sweeps": set(),
 }
 PARAMETERS = {
     "label": {"preset": "smoke", "model": "embedded", "seed": 1},
