@@ -82,7 +82,8 @@ def on_ray(address: str | None, cpus: int, gpus: float) -> Engine:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error", include_dashboard=False)
     except (ConnectionError, ValueError) as error:
-        raise InputError(f"--address={address!r}: no Ray cluster there ({str(error).splitlines()[0]})") from None
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise InputError(f"--address={address!r}: no Ray cluster there, or it does not let you in ({reason})") from None
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=WORKER_RETRIES)(run_job)
 
     def run(job: Job, stopped: Callable[[], bool]) -> Outcome:

@@ -13,10 +13,11 @@ from conftest import code_cells, papermill
 from IPython.core.inputtransformer2 import TransformerManager
 
 import sftrl_utils
-from sftrl_utils import records, statements
+from sftrl_utils import records, statements, sweeps
+from sftrl_utils.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))}
+NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 LEAVES = {
     "01_theory": set(),
     "02_sft": {"sft"},
@@ -56,7 +57,7 @@ def test_a_notebook_runs_from_any_folder_and_leaves_its_stages(notebook, name, e
     assert {row["pipeline"] for row in rows} == LEAVES[notebook]
     for row in rows:
         assert row["preset"] == "smoke" and row["seed"] == parameters["seed"]
-        assert row["beta"] == (0.0 if row["pipeline"] == "sft" else parameters.get("beta", 0.0))
+        assert row["beta"] == (0.0 if row["pipeline"] in {"sft", "sft_then_sft"} else parameters.get("beta", 0.0))
         assert row["response_style"] == parameters.get("response_style", "label")
         metrics = records.read_metrics(store / row["stage"])
         last = 5 if "constant" in row["pipeline"] else 10
@@ -66,6 +67,20 @@ def test_a_notebook_runs_from_any_folder_and_leaves_its_stages(notebook, name, e
     assert not any(out.output_type == "error" for cell in cells for out in cell.outputs)
     pictures = [out for cell in cells for out in cell.outputs if "image/png" in out.get("data", {})]
     assert len(pictures) >= 1
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("notebook", LEAVES)
+def test_a_sweep_knows_beforehand_which_stages_a_notebook_leaves(notebook, name, executed, tmp_path):
+    fixed = {key: value for key, value in PARAMETERS[name].items() if key != "seed"}
+    content = {"notebook": str(NOTEBOOKS[notebook]), "fixed": fixed, "seeds": [PARAMETERS[name]["seed"]]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    store = executed(name)[0] / "runs"
+    [cell] = sweeps.plan(tmp_path / "sweep.yaml", store).cells
+    rows = json.loads(records.runs_json(store))
+    # The control with a constant reward runs fewer steps than the cell is asked for.
+    pipelines = {pipeline for pipeline in LEAVES[notebook] if "constant" not in pipeline}
+    assert cell.stages == {row["stage"] for row in rows if row["pipeline"] in pipelines}
 
 
 def test_every_statement_has_its_check_and_every_check_holds(executed):
@@ -125,7 +140,4 @@ def test_the_source_is_clean_and_short(notebook):
     # The first cell, and the names of the parameters with their order, are the same everywhere.
     assert [cells[0].source, parameters.source] == [cell.source for cell in code_cells(NOTEBOOKS["01_theory"])[:2]]
     names = [line.split(" = ")[0] for line in parameters.source.splitlines()]
-    assert names == [
-        *("preset", "model", "corpus", "response_style", "seed", "beta", "sft_steps", "rl_steps"),
-        *("sft_learning_rate", "rl_learning_rate", "batch_size", "group_size", "loss_type", "out_dir"),
-    ]
+    assert set(names) == set(RunConfig.model_fields) and len(set(names)) == len(names)
