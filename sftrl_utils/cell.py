@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -12,31 +13,42 @@ import nbformat
 import papermill
 import psutil
 
-from sftrl_utils import publishing
+from sftrl_utils import keys, publishing
 
-SPEC, NOTEBOOK = "cell.json", "notebook.ipynb"
+SPEC, SOURCE, NOTEBOOK, REASON = "cell.json", "source.ipynb", "notebook.ipynb", "reason.txt"
 
 
 def main(folder: Path) -> int:
-    """Run the notebook that `cell.json` in `folder` names, with its parameters, into `notebook.ipynb` beside it."""
+    """Run `source.ipynb` in `folder` with the parameters of `cell.json` there, into `notebook.ipynb` beside it.
+
+    If it fails, `reason.txt` says why in one line.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
-    output = folder / NOTEBOOK
+    reason = ""
     try:
-        publishing.run_notebook(Path(spec["notebook"]), output, spec["parameters"], Path("."), sys.stdout)
+        publishing.run_notebook(folder / SOURCE, folder / NOTEBOOK, spec["parameters"], Path("."), sys.stdout)
     except papermill.PapermillExecutionError as error:
-        print(f"{error.ename}: {error.evalue}", flush=True)
-        return 1
-    _shrink(output)
-    return 0
+        reason = f"{error.ename}: {(str(error.evalue).splitlines() or ['no message'])[0]}"
+    if keys.code_fingerprint(spec["modules"]) != spec["code"]:
+        reason = "the package was edited after the sweep began: start it again"
+    if (folder / NOTEBOOK).is_file():
+        _shrink(folder / NOTEBOOK)
+    if reason:
+        print(f"\n{reason}", flush=True)
+        (folder / REASON).write_text(reason, encoding="utf-8")
+    return 1 if reason else 0
 
 
 def _end_with_parent() -> None:
     """Wait until whoever holds the other end of standard input is gone, then end this process and its kernel."""
-    os.read(0, 1)  # nobody writes there; not sys.stdin, whose lock would outlast the interpreter
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(1)
+    try:
+        os.read(0, 1)  # nobody writes there; not sys.stdin, whose lock would outlast the interpreter
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    finally:
+        os._exit(1)
 
 
 def _shrink(path: Path) -> None:
@@ -47,12 +59,12 @@ def _shrink(path: Path) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             publishing.cleaned(cell, Path("."))
-            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+            for output in cell.outputs:
+                if output.get("name") == "stderr":  # a bar is drawn over itself with carriage returns
+                    lines = output.text.split("\n")
+                    output.text = "\n".join(line for line in lines if "\r" not in line and "%|" not in line)
+            cell.outputs = [output for output in cell.outputs if output.get("text", "kept").strip()]
     nbformat.write(notebook, path)
-
-
-def _is_progress(output: nbformat.NotebookNode) -> bool:
-    return output.get("name") == "stderr" and "\r" in output.text
 
 
 if __name__ == "__main__":

@@ -117,9 +117,12 @@ def judged(store: Path, pipeline: str, preset: str = "tiny", beta: float = 0.0) 
 
 
 def stage_ends(table: pd.DataFrame, pipeline: str) -> pd.DataFrame:
-    """Rows of a sweep's table (`sweeps.results_table`) that are the last evaluation of `pipeline`, one a cell."""
+    """Rows of a sweep's table (`sweeps.results_table`) that are the last evaluation of a valid stage of `pipeline`.
+
+    One row a stage: cells that share it are one training, not several.
+    """
     rows = table[(table["pipeline"] == pipeline) & table["valid"]]
-    return rows.sort_values("step").groupby("cell", as_index=False).last()
+    return rows.sort_values("step", kind="stable").drop_duplicates("stage", keep="last").sort_index()
 
 
 def benchmark() -> pd.DataFrame:

@@ -91,13 +91,23 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         action.add_argument(
             "--cpus", type=_count, default=1, help="threads of a cell, its numbers depend on them (default: 1)"
         )
-        action.add_argument("--gpus", type=float, default=0, help="GPUs of a cell, for Ray (default: 0)")
+        action.add_argument("--gpus", type=_share, default=0, help="GPUs of a cell, for Ray (default: 0)")
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return number
 
 
 def _sweep_run(options: argparse.Namespace) -> int:
@@ -107,38 +117,45 @@ def _sweep_run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(sweeps.describe(plan))
         return 0
+    seen = {cell.name: sweeps.read_outcome(plan.cells_folder / cell.name) for cell in plan.cells}
     whole, damaged = sweeps.whole_stages(plan)
     for path in damaged:
         print(f"{path} is damaged: the cells that need it run again")
     states = sweeps.states(plan, whole)
-    return _run_cells(plan, {name for name, state in states.items() if state in {"waiting", "running"}}, options)
+    return _run_cells(plan, {name: seen[name] for name in seen if states[name] in {"waiting", "running"}}, options)
 
 
 def _sweep_retry(options: argparse.Namespace) -> int:
-    from sftrl_utils import engines, sweeps
+    from sftrl_utils import sweeps
 
     plan = sweeps.plan(options.file, options.dir)
-    chosen = set(engines.failures(plan)) if options.failed else set(options.cell)
-    if unknown := chosen - {cell.name for cell in plan.cells}:
+    seen = {cell.name: sweeps.read_outcome(plan.cells_folder / cell.name) for cell in plan.cells}
+    if unknown := set(options.cell or ()) - set(seen):
         raise InputError(f"--cell={min(unknown)!r} is not in {options.file}: `sftrl sweep status` names them")
-    return _run_cells(plan, chosen, options)
+    chosen = options.cell or [name for name in seen if seen[name].get("state") == "failed"]
+    return _run_cells(plan, {name: seen[name] for name in chosen}, options)
 
 
-def _run_cells(plan, chosen: set[str], options: argparse.Namespace) -> int:
+def _run_cells(plan, chosen: dict, options: argparse.Namespace) -> int:
     import os
     import signal
 
     from sftrl_utils import engines, records
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
+    if options.engine == "ray" and options.jobs:
+        raise InputError(f"--jobs={options.jobs} is for this machine: on Ray, --cpus and --gpus say how many cells fit")
+    if options.engine == "local" and (options.address or options.gpus):
+        raise InputError("--address and --gpus are Ray's: add --engine ray")
     records.writable_store(plan.store)
-    signal.signal(signal.SIGTERM, interrupt)  # how batch systems stop a job
     if options.engine == "ray":
         engine = engines.on_ray(options.address, options.cpus, options.gpus)
     else:
         engine = engines.local(options.jobs or max(1, (os.cpu_count() or 1) // options.cpus))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)  # how batch systems stop a job; after Ray, which has a handler of its own
     return engines.run(plan, engine, options.cpus, chosen)
 
 
@@ -146,7 +163,7 @@ def _sweep_status(options: argparse.Namespace) -> int:
     from sftrl_utils import engines, sweeps
 
     plan = sweeps.plan(options.file, options.dir)
-    whole, damaged = sweeps.whole_stages(plan)
+    whole, damaged = sweeps.whole_stages(plan, weights=False)
     for path in damaged:
         print(f"{path} is damaged: the cells that need it run again")
     states = sweeps.states(plan, whole)

@@ -12,17 +12,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from sftrl_utils import sweeps
-from sftrl_utils.cell import SPEC
+from sftrl_utils.cell import REASON, SOURCE, SPEC
 from sftrl_utils.config import InputError
 from sftrl_utils.sweeps import Cell, Plan
 
@@ -35,21 +36,24 @@ WORKER_RETRIES = 3  # of a cell whose Ray worker dies
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: `state` is `finished`, `failed` or, by ctrl-C, `stopped`."""
+    """How a cell ended: `state` is `finished`, `failed` or, by ctrl-C, `stopped`; `log` its last lines if it failed."""
 
     state: str
     reason: str = ""
+    log: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker, here or on another machine, must know to run a cell; both paths are absolute.
+    """What a worker, here or on another machine, must know to run a cell; all paths are absolute.
 
-    `cells` is where the folders of cells are, `folder` where to run; `cpus` how many threads to compute with.
+    `cells` is where the folders of cells are, `store` where its stages are, `folder` where to run; `cpus` how many
+    threads to compute with.
     """
 
     cell: Cell
     cells: Path
+    store: Path
     folder: Path
     timeout_s: float
     cpus: int
@@ -72,18 +76,28 @@ def local(jobs: int) -> Engine:
 def on_ray(address: str | None, cpus: int, gpus: float) -> Engine:
     """Tasks of the Ray cluster at `address` (`auto`: the one started here; None: one is started for this run).
 
-    Each cell has `cpus` cores and `gpus` GPUs to itself; one whose worker dies is tried again. All machines see the
-    store under the same path, and have this package installed. Raises `InputError` without Ray or without a cluster.
+    Each cell has `cpus` cores and `gpus` GPUs to itself; one whose worker dies is tried again. All machines have this
+    package installed, and see the store, the folder the sweep is started in and what the parameters name under the same
+    paths. Raises `InputError` without Ray, without a cluster, or if no machine has what a cell needs.
     """
     try:
         import ray
     except ImportError:
         raise InputError("engine='ray' needs Ray: pip install 'sftrl_utils[ray]'") from None
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error", include_dashboard=False)
+        ray.init(address=address or "local", log_to_driver=False, logging_level="error", include_dashboard=False)
     except (ConnectionError, ValueError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[-1]
         raise InputError(f"--address={address!r}: no Ray cluster there, or it does not let you in ({reason})") from None
+
+    def slots() -> int:
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fits = [min(has.get("CPU", 0) // cpus, has.get("GPU", 0) // gpus if gpus else 10**6) for has in machines]
+        return int(sum(fits))
+
+    if slots() == 0:
+        ray.shutdown()
+        raise InputError(f"--cpus={cpus} --gpus={gpus:g}: no machine of the cluster has as many: ask for fewer")
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=WORKER_RETRIES)(run_job)
 
     def run(job: Job, stopped: Callable[[], bool]) -> Outcome:
@@ -94,13 +108,8 @@ def on_ray(address: str | None, cpus: int, gpus: float) -> Engine:
                 return Outcome("stopped")
         try:
             return ray.get(result)
-        except ray.exceptions.RayError as error:
-            return Outcome("failed", f"its Ray worker died {WORKER_RETRIES + 1} times ({type(error).__name__})")
-
-    def slots() -> int:
-        there = ray.cluster_resources()
-        fits = [there.get("CPU", 0) // cpus, *([there.get("GPU", 0) // gpus] if gpus else [])]
-        return int(min(fits))
+        except ray.exceptions.WorkerCrashedError:
+            return Outcome("failed", f"its Ray worker died {WORKER_RETRIES + 1} times")
 
     return Engine(run, slots, ray.shutdown)
 
@@ -123,27 +132,33 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False) -> Outcome:
                 if stopped():
                     return Outcome("stopped")
     except OSError as error:
-        return Outcome("failed", f"{job.cells} cannot be written to ({error.strerror}): make room there")
+        return Outcome("failed", f"{error.filename or job.cells}: {error.strerror or error}")
 
 
 def _run_locked(job: Job, stopped: Callable[[], bool]) -> Outcome:
-    name, final = job.cell.name, job.cells / job.cell.name
-    for leftover in job.cells.glob(f".{name}.*.tmp"):  # of a sweep that was killed: we hold the cell's lock
-        shutil.rmtree(leftover)
-    work = job.cells / f".{name}.{os.getpid()}.tmp"
-    spec = {"cell": name, "notebook": str(job.cell.notebook), "parameters": job.cell.parameters}
+    cell, final = job.cell, job.cells / job.cell.name
+    for leftover in job.cells.glob(f".{cell.name}.*.tmp"):  # of a sweep that was killed: we hold the cell's lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    work = job.cells / f".{cell.name}.{os.getpid()}.tmp"
+    spec = {"cell": cell.name, "notebook": str(cell.notebook.path), "parameters": cell.parameters}
+    spec |= {"stages": sorted(cell.stages), "modules": cell.notebook.modules, "code": cell.notebook.code}
     try:
         work.mkdir()
         (work / SPEC).write_text(json.dumps(spec), encoding="utf-8")
+        (work / SOURCE).write_text(cell.notebook.text, encoding="utf-8")
         started, clock = datetime.now(UTC), time.perf_counter()
         outcome = _execute(job, work, stopped)
         if outcome.state != "stopped":
-            spec |= {"state": outcome.state, "reason": outcome.reason, "stages": sorted(job.cell.stages)}
+            spec |= {"state": outcome.state, "reason": outcome.reason, "host": socket.gethostname(), "cpus": job.cpus}
             spec |= {"started": started.isoformat(timespec="seconds"), "wall_s": round(time.perf_counter() - clock, 2)}
-            spec |= {"host": socket.gethostname(), "cpus": job.cpus}
             (work / SPEC).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
+            for name in (SOURCE, REASON):  # the executed notebook and the outcome have them
+                (work / name).unlink(missing_ok=True)
+            shutil.rmtree(final, ignore_errors=True)  # no outcome can be read there
             work.rename(final)
         return outcome
+    except OSError as error:
+        return Outcome("failed", f"{error.filename or work}: {error.strerror or error}", last_lines(work))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -151,7 +166,7 @@ def _run_locked(job: Job, stopped: Callable[[], bool]) -> Outcome:
 def _execute(job: Job, work: Path, stopped: Callable[[], bool]) -> Outcome:
     command = [sys.executable, "-m", "sftrl_utils.cell", str(work)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.cpus)}
-    deadline = time.monotonic() + job.timeout_s
+    deadline, reason = time.monotonic() + job.timeout_s, ""
     with (work / LOG).open("wb") as log:
         # It ends when its standard input does: with this process, however that ends.
         process = subprocess.Popen(
@@ -159,128 +174,159 @@ def _execute(job: Job, work: Path, stopped: Callable[[], bool]) -> Outcome:
             start_new_session=True,
         )  # fmt: skip
         try:
-            while process.poll() is None:
+            while process.poll() is None and not reason:
                 if stopped():
                     return Outcome("stopped")
                 if time.monotonic() > deadline:
-                    return Outcome("failed", f"it took longer than {job.timeout_s / 60:g} minutes")
+                    reason = f"it took longer than {job.timeout_s / 60:g} minutes"
                 time.sleep(POLL_S)
         finally:
             _kill(process)
-    if process.returncode == 0:
-        return Outcome("finished")
-    if process.returncode < 0:
-        return Outcome("failed", f"its process was killed by signal {-process.returncode}")
-    return Outcome("failed", (last_lines(work) or ["it printed nothing"])[-1])
+    untrained = [name for name in sorted(job.cell.stages) if not (job.store / name / "record.json").is_file()]
+    if reason:
+        pass
+    elif process.returncode < 0:
+        reason = f"its process was killed by signal {-process.returncode}"
+    elif process.returncode:
+        file = work / REASON
+        said = file.read_text(encoding="utf-8") if file.is_file() else ""
+        reason = said or (last_lines(work) or ("it printed nothing",))[-1]
+    elif untrained:
+        reason = f"it did not train {untrained[0]}, which the notebook's metadata say it does"
+    return Outcome("failed", reason, last_lines(work)) if reason else Outcome("finished")
 
 
 def _kill(process: subprocess.Popen) -> None:
     """End `process` and all it has started: a kernel is in a session of its own."""
-    if process.poll() is None:
-        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+    with contextlib.suppress(psutil.Error):
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()  # first: it would start another kernel
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    process.kill()
     process.wait()
     process.stdin.close()
 
 
-def last_lines(folder: Path) -> list[str]:
+def last_lines(folder: Path) -> tuple[str, ...]:
     """The last lines of the log of the cell in `folder` that say anything."""
     try:
         text = (folder / LOG).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return []
-    return [line for line in text.replace("\r", "\n").splitlines() if line.strip()][-LAST_LINES:]
+        return ()
+    return tuple([line for line in text.replace("\r", "\n").splitlines() if line.strip()][-LAST_LINES:])
 
 
-def run(plan: Plan, engine: Engine, cpus: int, chosen: set[str]) -> int:
-    """Run the cells of `plan` that are named in `chosen`; returns an exit status.
+def run(plan: Plan, engine: Engine, cpus: int, chosen: dict[str, dict[str, Any]]) -> int:
+    """Run the cells of `plan` named in `chosen`, each with the outcome that it was chosen for; returns an exit status.
 
     Shows how many cells are done, running and failed, and the time left; then the failed ones with the last lines of
     their logs. The status is 1 if any cell of the plan has failed or the table could not be written, 130 after ctrl-C.
     """
-    stop = threading.Event()
-    wanted = [cell for cell in plan.cells if cell.name in chosen]
     outcomes: dict[str, Outcome] = {}
+    status = 0
     try:
-        for cell in wanted:
-            _forget(plan, cell)
-        _run_all(plan, engine, cpus, wanted, outcomes, stop)
+        for name, seen in chosen.items():
+            _forget(plan, name, seen)
+        _run_all(plan, engine, cpus, [cell for cell in plan.cells if cell.name in chosen], outcomes)
     except KeyboardInterrupt:
         print("stopped: what was finished stays, run it again to go on", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"{plan.folder} cannot be written to ({error.strerror}): make room there", file=sys.stderr)
-        return 1
+        status = 130
     finally:
-        stop.set()
         engine.close()
-    failed = {name: outcome.reason for name, outcome in outcomes.items() if outcome.state == "failed"}
-    report_failures(plan, failed | failures(plan))
-    print(f"{plan.results} holds the table")
-    return 1 if failed or failures(plan) else 0
+    failed = failures(plan) | {name: outcome for name, outcome in outcomes.items() if outcome.state == "failed"}
+    report_failures(plan, failed)
+    try:
+        sweeps.write_results(plan)
+        print(f"{plan.results} holds the table")
+    except OSError as error:
+        reason = f"({error.strerror}): make room there, and run it again"
+        print(f"{plan.results} cannot be written {reason}", file=sys.stderr)
+        status = status or 1
+    return status or (1 if failed else 0)
 
 
-def failures(plan: Plan) -> dict[str, str]:
-    """Why each failed cell of `plan` has failed."""
-    ended = {cell.name: sweeps.read_outcome(plan.cells_folder / cell.name) for cell in plan.cells}
-    return {name: outcome["reason"] for name, outcome in ended.items() if outcome.get("state") == "failed"}
+def failures(plan: Plan) -> dict[str, Outcome]:
+    """The outcome of each cell of `plan` that has left one and failed."""
+    found = {}
+    for cell in plan.cells:
+        folder = plan.cells_folder / cell.name
+        outcome = sweeps.read_outcome(folder)
+        if outcome.get("state") == "failed":
+            found[cell.name] = Outcome("failed", outcome["reason"], last_lines(folder))
+    return found
 
 
-def report_failures(plan: Plan, reasons: dict[str, str]) -> None:
+def report_failures(plan: Plan, failed: dict[str, Outcome]) -> None:
     """Print each failed cell with its reason and the last lines of its log to stderr, and what to do about them."""
-    for name, reason in reasons.items():
-        print(f"FAILED {name}: {reason}", file=sys.stderr)
-        for line in last_lines(plan.cells_folder / name):
+    for name, outcome in failed.items():
+        print(f"FAILED {name}: {outcome.reason}", file=sys.stderr)
+        for line in outcome.log:
             print(f"    {line}", file=sys.stderr)
-    if reasons:
-        print(
-            f"{len(reasons)} of {len(plan.cells)} cells failed; `sftrl sweep retry {plan.file} --failed`",
-            file=sys.stderr,
-        )
+    if failed:
+        kept = [name for name in failed if (plan.cells_folder / name).is_dir()]
+        commands = [f"`sftrl sweep retry {plan.file} --failed`"] * bool(kept)
+        commands += [f"`sftrl sweep run {plan.file}`"] * (len(kept) < len(failed))  # those that could leave nothing
+        remedy = f"{' and '.join(commands)} will run them again"
+        print(f"{len(failed)} of {len(plan.cells)} cells failed; {remedy}", file=sys.stderr)
 
 
-def _forget(plan: Plan, cell: Cell) -> None:
-    """Remove what `cell` left when it last ended, unless another sweep is running it now."""
-    folder = plan.cells_folder / cell.name
+def _forget(plan: Plan, name: str, seen: dict[str, Any]) -> None:
+    """Remove what the cell `name` left when it ended as `seen`, unless another sweep has run it since or runs it now."""
+    folder = plan.cells_folder / name
     if folder.is_dir():
-        try:
-            with FileLock(sweeps.cell_lock(plan, cell.name), timeout=0):
+        with contextlib.suppress(Timeout), FileLock(sweeps.cell_lock(plan, name), timeout=POLL_S):
+            if sweeps.read_outcome(folder) == seen:
                 shutil.rmtree(folder)
-        except Timeout:
-            pass
 
 
-def _run_all(
-    plan: Plan, engine: Engine, cpus: int, wanted: list[Cell], outcomes: dict[str, Outcome], stop: threading.Event
-) -> None:
+def _run_all(plan: Plan, engine: Engine, cpus: int, wanted: list[Cell], outcomes: dict[str, Outcome]) -> None:
+    """Run `wanted`; how each ended is in `outcomes`, also if this is interrupted."""
+    stop = threading.Event()
     pending, running = list(wanted), {}
-    written = 0.0
+    due, unwritten = 0.0, False
     bar = tqdm(total=len(plan.cells), initial=len(plan.cells) - len(wanted), desc=plan.file.stem, unit="cell")
-    with ThreadPoolExecutor(max_workers=max(1, len(wanted))) as threads, bar:
+    with bar, ThreadPoolExecutor(max_workers=max(1, len(wanted))) as threads:
         try:
             while pending or running:
                 while pending and len(running) < max(1, engine.slots()):
                     cell = _next(plan, pending, list(running.values()))
                     pending.remove(cell)
-                    minutes = plan.sweep.timeout_minutes
-                    job = Job(cell, plan.cells_folder.absolute(), Path.cwd(), minutes * 60, cpus)
+                    paths = (plan.cells_folder.absolute(), plan.store.absolute(), Path.cwd())
+                    job = Job(cell, *paths, plan.sweep.timeout_minutes * 60, cpus)
                     running[threads.submit(engine.run, job, stop.is_set)] = cell
                 ended, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in ended:
-                    outcomes[running.pop(future).name] = future.result()
+                    outcomes[running.pop(future).name] = _outcome(future)
                     bar.update()
                 failed = sum(outcome.state == "failed" for outcome in outcomes.values())
                 bar.set_postfix_str(f"{len(running)} running, {failed} failed")
-                if ended and time.monotonic() > written + TABLE_S:
-                    sweeps.write_results(plan)
-                    written = time.monotonic()
+                unwritten = unwritten or bool(ended)
+                if unwritten and time.monotonic() > due:
+                    due, unwritten = _write_in_time(plan), False
         finally:
             stop.set()
-    sweeps.write_results(plan)
+
+
+def _outcome(future: Future[Outcome]) -> Outcome:
+    try:
+        return future.result()
+    except Exception as error:  # whatever went wrong about one cell must not end the others
+        return Outcome("failed", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def _write_in_time(plan: Plan) -> float:
+    """Write the table, and return when to do so next; a table that cannot be written now is written at the end."""
+    began = time.monotonic()
+    with contextlib.suppress(OSError):
+        sweeps.write_results(plan)
+    now = time.monotonic()
+    return now + max(TABLE_S, 20 * (now - began))
 
 
 def _next(plan: Plan, pending: list[Cell], running: list[Cell]) -> Cell:
-    """The first cell that would not wait for a stage which a running one is training; if there is none, the first."""
+    """The cell to start: one that nobody else runs and that waits for no stage of a running one, if there is any."""
     busy = {name for cell in running for name in cell.stages if not (plan.store / name / "record.json").is_file()}
-    return next((cell for cell in pending if not cell.stages & busy), pending[0])
+    free = (cell for cell in pending if not cell.stages & busy and not sweeps.is_running(plan, cell.name))
+    return next(free, pending[0])

@@ -19,6 +19,7 @@ from sftrl_utils.config import PRESETS, InputError
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "numpy")
 CHECKSUMS = "SHA256SUMS"
+PUBLISHED = ("metrics.parquet", "report.parquet", "record.json")  # files of a stage: all but its model
 SUMMARY = (
     "sft_loss_train",
     "sft_loss_dev",
@@ -142,18 +143,25 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def damaged_file(folder: Path) -> str:
-    """Name of a file in `folder` that is missing or not what `write_checksums` saw; "" if there is none."""
+def damaged_file(folder: Path, weights: bool = True) -> str:
+    """Name of a file in the stage's `folder` that is missing or not what `write_checksums` saw; "" if there is none.
+
+    Without `weights` only the small files are looked at.
+    """
     try:
         lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return CHECKSUMS
-    for line in lines:
-        digest, _, name = line.partition("  ")
-        path = folder / name
-        if not name or not path.is_file() or _sha256(path) != digest:
-            return name or CHECKSUMS
-    return "" if lines else CHECKSUMS
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if not set(PUBLISHED) <= set(listed):
+        return CHECKSUMS
+    for name, digest in listed.items():
+        try:
+            if (weights or not name.startswith("model/")) and _sha256(folder / name) != digest:
+                return name
+        except OSError:
+            return name
+    return ""
 
 
 def _sha256(path: Path) -> str:
@@ -257,20 +265,26 @@ def publish(store: Path, target: Path) -> list[RunRecord]:
         raise ValueError(
             f"{store} holds stages of {len(versions_of_code)} versions of the code: train into an empty one"
         )
-    names = ("metrics.parquet", "report.parquet", "record.json")
-    lacking = [stage_dir / name for stage_dir in stages for name in names if not (stage_dir / name).is_file()]
+    lacking = [stage_dir / name for stage_dir in stages for name in PUBLISHED if not (stage_dir / name).is_file()]
     if lacking:
         raise ValueError(f"{lacking[0]} is not there, an earlier version trained this stage: train it again")
+    for stage_dir in stages:
+        if (stage_dir / CHECKSUMS).is_file() and (file := damaged_file(stage_dir, weights=False)):
+            raise ValueError(f"{stage_dir / file} is damaged: run what trained the stage once more")
     tables = sorted(store.glob("sweeps/*/results.parquet"))
     outdated = [old for old in finished_stages(target) if read_record(old).key["code"] not in versions_of_code]
     for old in outdated:
         shutil.rmtree(old)
+    if outdated:
+        shutil.rmtree(target / "sweeps", ignore_errors=True)  # their rows are of stages that are gone
     for stage_dir in stages:
         (target / stage_dir.name).mkdir(parents=True, exist_ok=True)
-        for name in names:
+        for name in PUBLISHED:
             shutil.copyfile(stage_dir / name, target / stage_dir.name / name)
         write_checksums(target / stage_dir.name)
     for table in tables:
+        if not set(pd.read_parquet(table, columns=["stage"])["stage"]) <= {record.stage for record in copied}:
+            continue  # of an earlier version of the code
         (target / table.parent.relative_to(store)).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(table, target / table.relative_to(store))
     return copied

@@ -8,10 +8,9 @@ import hashlib
 import itertools
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ import nbformat
 import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
+from IPython.core.inputtransformer2 import TransformerManager
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from sftrl_utils import corpora, keys, publishing, records, sources
@@ -41,7 +41,8 @@ class Sweep(BaseModel):
 
     `notebook`: one path or several, from the file's own folder. `fixed`: parameters of every cell. `grid`: values of
     parameters, of which every combination is run; `points`: combinations written out, beside those of the grid.
-    `seeds`: a list, or how many from 0 on. `timeout_minutes`: a cell that takes longer has failed.
+    `seeds`: a list, or how many from 0 on. `timeout_minutes`: a cell that takes longer has failed; waiting for a stage
+    that another cell is training counts.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,6 +72,42 @@ class Sweep(BaseModel):
 
 
 @dataclass(frozen=True)
+class Notebook:
+    """A notebook as it was when the sweep was planned: what is run, whatever becomes of its file meanwhile.
+
+    `modules` of this package are what its code uses, `code` is their fingerprint; `key` a hash of both, of its own code
+    cells and of the lock.
+    """
+
+    path: Path
+    text: str
+    pipelines: list[str]
+    modules: list[str]
+    code: str
+    key: str
+
+    @classmethod
+    def read(cls, path: Path) -> Notebook:
+        """The notebook at `path`. Raises `InputError` if it is not one, or holds a cell that is not Python."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            notebook = nbformat.reads(text, as_version=4)
+            cells = [source for _, source in publishing.code_cells(notebook)]
+            python = map(TransformerManager().transform_cell, cells)  # magics are no Python
+            modules = imported_modules("\n".join(python))
+        except (OSError, UnicodeDecodeError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
+            reason = getattr(error, "strerror", None) or "it is not a notebook"
+            raise InputError(f"notebook={str(path)!r} cannot be read ({reason}): give a path from the file") from None
+        except SyntaxError as error:
+            raise InputError(f"notebook={str(path)!r} holds a cell that is not Python: {error}") from None
+        lock = Path(__file__).parent.parent / "requirements.lock"
+        code = keys.code_fingerprint(modules)
+        parts = [cells, code, lock.read_text(encoding="utf-8") if lock.is_file() else ""]
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return cls(path.resolve(), text, notebook.metadata.get("sftrl", {}).get("pipelines", []), modules, code, key)
+
+
+@dataclass(frozen=True)
 class Cell:
     """One run of one notebook: `name` is the notebook's and a hash of all that its outputs depend on.
 
@@ -78,7 +115,7 @@ class Cell:
     """
 
     name: str
-    notebook: Path
+    notebook: Notebook
     parameters: dict[str, Value]
     config: RunConfig
     pipelines: dict[str, tuple[str, ...]]
@@ -97,6 +134,7 @@ class Plan:
     sweep: Sweep
     store: Path
     cells: list[Cell]
+    _rows: dict[str, tuple[float, pd.DataFrame]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -137,7 +175,7 @@ def plan(file: Path, store: Path) -> Plan:
     revision = functools.cache(sources.revision)
     cells: dict[str, Cell] = {}
     corpus_revisions: dict[tuple, str] = {}
-    for notebook in [_Notebook.read(file.parent / name) for name in sweep.notebook]:
+    for notebook in [Notebook.read(file.parent / name) for name in sweep.notebook]:
         for point, seed in itertools.product(sweep.combinations(), sweep.seeds):
             parameters = {**point, "seed": seed, "out_dir": str(store)}
             config = RunConfig.from_parameters(dict(parameters))
@@ -146,49 +184,26 @@ def plan(file: Path, store: Path) -> Plan:
                 corpus_revisions[asked] = corpora.load_corpus(config).revision
             corpus, base = corpus_revisions[asked], revision(config.model)
             settings = config.model_dump(mode="json", exclude={"out_dir"})
-            key = json.dumps([notebook.code, settings, corpus, base], sort_keys=True)
+            key = json.dumps([notebook.key, settings, corpus, base], sort_keys=True)
             name = f"{notebook.path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
             pipelines = {each: tuple(keys.pipeline_names(config, each, corpus, base)) for each in notebook.pipelines}
-            cells.setdefault(name, Cell(name, notebook.path, parameters, config, pipelines))
+            cells.setdefault(name, Cell(name, notebook, parameters, config, pipelines))
     return Plan(file, sweep, store, early_sharing(cells.values()))
 
 
-@dataclass(frozen=True)
-class _Notebook:
-    path: Path
-    pipelines: list[str]
-    code: str  # a hash of its code cells, of the modules they import, of library versions and of the lock
-
-    @classmethod
-    def read(cls, path: Path) -> _Notebook:
-        try:
-            notebook = nbformat.read(path, as_version=4)
-        except (OSError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
-            reason = getattr(error, "strerror", None) or "not a notebook"
-            raise InputError(f"notebook={str(path)!r} cannot be read ({reason}): give a path from the file") from None
-        code = [source for _, source in publishing.code_cells(notebook)]
-        lock = Path(__file__).parent.parent / "requirements.lock"
-        parts = [code, keys.code_fingerprint(imported_modules("\n".join(_python(source) for source in code)))]
-        parts += [lock.read_text(encoding="utf-8") if lock.is_file() else ""]
-        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return cls(path.resolve(), notebook.metadata.get("sftrl", {}).get("pipelines", []), digest)
-
-
-def _python(source: str) -> str:
-    """A cell's code without the lines that only IPython understands."""
-    return "\n".join(re.sub(r"^(\s*)[%!].*", r"\1pass", line) for line in source.splitlines())
-
-
 def imported_modules(code: str) -> list[str]:
-    """Names of this package's modules that `code` imports, and those that these import."""
+    """Names of this package's modules that Python `code` imports, and those that these import."""
     found: set[str] = set()
     queue = [ast.parse(code)]
     while queue:
         for node in ast.walk(queue.pop()):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("sftrl_utils"):
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
                 continue
-            inner = node.module.removeprefix("sftrl_utils").strip(".")
-            for name in {inner} if inner else {alias.name for alias in node.names}:
+            for name in (name.split(".")[1] for name in names if name.startswith("sftrl_utils.")):
                 path = Path(__file__).parent / f"{name}.py"
                 if name not in found and path.is_file():
                     found.add(name)
@@ -206,20 +221,23 @@ def early_sharing(cells: Iterable[Cell]) -> list[Cell]:
     before: Counter[str] = Counter()
     places = []
     for cell in cells:
-        shared = [stage for stage in cell.stages if users[stage] > 1]
+        shared = [stage for stage in cell.stages if 1 < users[stage] < len(cells)]  # what all share tells none apart
         places.append(max((before[stage] for stage in shared), default=0))
         before.update(shared)
     order = sorted(range(len(cells)), key=places.__getitem__)
     return [cells[at] for at in order]
 
 
-def whole_stages(plan: Plan) -> tuple[set[str], list[Path]]:
-    """Stages of `plan` that are in its store and whole, by checksum; and the files that are damaged."""
+def whole_stages(plan: Plan, weights: bool = True) -> tuple[set[str], list[Path]]:
+    """Stages of `plan` that are in its store and whole, by checksum; and the files that are damaged.
+
+    Without `weights` models are not read: they can be large.
+    """
     whole, damaged = set(), []
     for name in sorted(set().union(*(cell.stages for cell in plan.cells))):
         folder = plan.store / name
         if (folder / "record.json").is_file():
-            if file := records.damaged_file(folder):
+            if file := records.damaged_file(folder, weights):
                 damaged.append(folder / file)
             else:
                 whole.add(name)
@@ -233,7 +251,7 @@ def states(plan: Plan, whole: set[str]) -> dict[str, str]:
         state = read_outcome(plan.cells_folder / cell.name).get("state")
         if state == "finished" and cell.stages <= whole:
             found[cell.name] = "finished"
-        elif _locked(cell_lock(plan, cell.name)):
+        elif is_running(plan, cell.name):
             found[cell.name] = "running"
         else:
             found[cell.name] = "failed" if state == "failed" else "waiting"
@@ -253,7 +271,9 @@ def cell_lock(plan: Plan, name: str) -> Path:
     return plan.cells_folder / f".{name}.lock"
 
 
-def _locked(path: Path) -> bool:
+def is_running(plan: Plan, name: str) -> bool:
+    """Whether a sweep, this one or another, is running the cell `name`."""
+    path = cell_lock(plan, name)
     if not path.is_file():
         return False
     try:
@@ -269,31 +289,35 @@ def results_table(plan: Plan) -> pd.DataFrame:
     Columns: `cell`, `notebook`, every parameter, `pipeline`, `stage`, `record` (its path in the store), `valid`, `step`
     and the metrics.
     """
-    read = functools.cache(lambda name: _stage_rows(plan.store, name))
-    tables = []
+    parts, cells = [], []
     for cell in plan.cells:
         settings = cell.config.model_dump(mode="json", exclude={"out_dir"})
         for name in dict.fromkeys(itertools.chain(*cell.pipelines.values())):
-            rows = read(name)
-            if len(rows):
-                tables.append(rows.assign(cell=cell.name, notebook=cell.notebook.stem, **settings))
-    if not tables:
+            rows = _stage_rows(plan, name)
+            parts.append(rows)
+            cells += [{"cell": cell.name, "notebook": cell.notebook.path.stem, **settings}] * len(rows)
+    if not cells:
         return pd.DataFrame()
-    table = pd.concat(tables, ignore_index=True)
-    first = ["cell", "notebook", *settings, "pipeline", "stage", "record", "valid", "step"]
-    return table[[*first, *(name for name in table if name not in first)]]
+    return pd.concat([pd.DataFrame(cells), pd.concat(parts, ignore_index=True)], axis=1)
 
 
-def _stage_rows(store: Path, name: str) -> pd.DataFrame:
+def _stage_rows(plan: Plan, name: str) -> pd.DataFrame:
+    folder = plan.store / name
     try:
-        record, metrics = records.read_record(store / name), records.read_metrics(store / name)
+        written = (folder / "record.json").stat().st_mtime
+        if plan._rows.get(name, (None,))[0] != written:
+            record, metrics = records.read_record(folder), records.read_metrics(folder)
+            first = {"pipeline": record.pipeline, "stage": name, "record": f"{name}/record.json", "valid": record.valid}
+            rows = pd.concat([pd.DataFrame([first] * len(metrics)), metrics], axis=1)
+            plan._rows[name] = (written, rows)
     except (OSError, InputError):  # not there yet, or damaged: `whole_stages` says so
         return pd.DataFrame()
-    return metrics.assign(pipeline=record.pipeline, stage=name, record=f"{name}/record.json", valid=record.valid)
+    return plan._rows[name][1]
 
 
 def write_results(plan: Plan) -> None:
     """Write `results_table` to the sweep's folder; whoever reads it meanwhile has the table before."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
     unfinished = plan.results.with_suffix(f".{os.getpid()}.tmp")
     try:
         results_table(plan).to_parquet(unfinished, index=False)
@@ -304,7 +328,7 @@ def write_results(plan: Plan) -> None:
 
 def describe(plan: Plan) -> str:
     """What `--dry-run` prints: each cell, its own parameters and its stages, and how much is shared."""
-    whole, _ = whole_stages(plan)
+    whole, _ = whole_stages(plan, weights=False)
     users = Counter(itertools.chain.from_iterable(cell.stages for cell in plan.cells))
     varied = {name for cell in plan.cells for name, value in cell.parameters.items()
               if any(other.parameters.get(name) != value for other in plan.cells[:1])}  # fmt: skip

@@ -47,6 +47,12 @@ def kill_and_resume(file: Path, store: Path, kills: int, longest_s: float, seed:
     return counts
 
 
+def unharmed(counts: dict[str, int]) -> bool:
+    """Whether everything is there, and nothing was lost, done twice or read half-written."""
+    none = ("trained_again", "cells_run_again", "read_half_written", "status")
+    return all(counts[name] == 0 for name in none) and counts["finished"] == counts["cells"]
+
+
 def _compare(store: Path, file: Path, seen: dict[str, str], counts: dict[str, int]) -> None:
     """Note when each finished stage and cell was begun; one that was finished before must not have been begun again."""
     for folder in records.finished_stages(store) if store.is_dir() else []:
@@ -74,6 +80,7 @@ def main() -> None:
             )
             counts["same_table"] = int(mine.equals(theirs))
     print(json.dumps(counts))
+    sys.exit(0 if unharmed(counts) and counts.get("same_table", 1) else 1)
 
 
 if __name__ == "__main__":

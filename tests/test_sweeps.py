@@ -279,10 +279,10 @@ def test_a_cell_that_raises_is_named_and_the_others_finish(tmp_path):
 
 
 def test_a_cell_that_hangs_is_ended_with_its_kernel(tmp_path):
-    file = sweep_file(tmp_path, "import time\nif seed == 0: time.sleep(600)", seeds=2, timeout_minutes=0.2)
+    file = sweep_file(tmp_path, "import time\nif seed == 0: time.sleep(600)", seeds=2, timeout_minutes=0.6)
     status, printed = run(file, "--jobs", "2")
     assert status == 1 and states(file) == {0: "failed", 1: "finished"}
-    assert "it took longer than 0.2 minutes" in printed and processes_in(tmp_path) == []
+    assert "it took longer than 0.6 minutes" in printed and processes_in(tmp_path) == []
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:
@@ -361,8 +361,8 @@ def test_a_sweep_survives_random_kills(tmp_path):
     file = sweep_file(tmp_path, TRAIN, pipelines=["sft"])
     settings = {"preset": "smoke", "model": "embedded", "sft_steps": 2, "evaluations": 1}
     file.write_text(yaml.safe_dump({"notebook": "work.ipynb", "fixed": settings, "seeds": 3}))
-    counts = sweep_kills.kill_and_resume(file, tmp_path / "runs", kills=3, longest_s=12.0, seed=0)
-    assert counts["trained_again"] == counts["cells_run_again"] == 0 and counts["finished"] == 3
+    counts = sweep_kills.kill_and_resume(file, tmp_path / "runs", kills=3, longest_s=6.0, seed=0)
+    assert counts["kills"] >= 1 and sweep_kills.unharmed(counts), counts
 
 
 # Ray
