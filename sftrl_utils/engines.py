@@ -273,7 +273,7 @@ def report_failures(plan: Plan, failed: dict[str, Outcome]) -> None:
 
 
 def _forget(plan: Plan, name: str, seen: dict[str, Any]) -> None:
-    """Remove what the cell `name` left when it ended as `seen`, unless another sweep has run it since or runs it now."""
+    """Remove what the cell `name` left when it ended as `seen`, unless another sweep has run it since or does now."""
     folder = plan.cells_folder / name
     if folder.is_dir():
         with contextlib.suppress(Timeout), FileLock(sweeps.cell_lock(plan, name), timeout=POLL_S):
