@@ -83,6 +83,13 @@ def test_the_base_model_s_metrics_are_those_before_the_first_stage(published, sf
     assert base["sft_loss_dev"] == sft_then_rl[0].metrics["sft_loss_dev"].iloc[0]
 
 
+def test_a_damaged_stage_is_not_published_as_whole(published, tmp_path_factory):
+    path = records.finished_stages(published)[0] / "metrics.parquet"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="metrics.parquet is damaged"):
+        records.publish(published, tmp_path_factory.mktemp("target"))
+
+
 def test_a_damaged_record_is_named_with_its_remedy(published, tmp_path_factory, capsys):
     path = records.finished_stages(published)[0] / "record.json"
     path.write_text("{")

@@ -168,6 +168,111 @@ def test_an_edit_runs_again_exactly_what_it_affects(tmp_path, monkeypatch):
     assert not set(after) & set(names())
 
 
+def test_another_corpus_or_lock_makes_other_cells(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "__file__", str(tmp_path / "package" / "sweeps.py"))
+    for name in ("corpora", "records"):
+        (tmp_path / "package").mkdir(exist_ok=True)
+        (tmp_path / "package" / f"{name}.py").write_text("")
+    rows = [f"x01\t{i % 2}\t{'' if i % 2 else '*'}\tSentence number {i}." for i in range(200)]
+    for name in ("in_domain_train.tsv", "in_domain_dev.tsv", "out_of_domain_dev.tsv"):
+        (tmp_path / name).write_text("\n".join(rows) + "\n")
+    file = sweep_file(tmp_path, grid={"corpus": [str(tmp_path)]})
+    names = [planned(file).cells[0].name]
+    (tmp_path / "in_domain_dev.tsv").write_text("\n".join(reversed(rows)) + "\n")
+    names.append(planned(file).cells[0].name)
+    (tmp_path / "requirements.lock").write_text("torch==0.0.1\n")
+    names.append(planned(file).cells[0].name)
+    assert len(set(names)) == 3 and planned(file).cells[0].name == names[-1]
+
+
+PLAN = """
+import psutil, sys, time
+began = time.perf_counter()
+from pathlib import Path
+from sftrl_utils import sweeps
+plan = sweeps.plan(Path(sys.argv[1]), Path("runs"))
+sweeps.states(plan, sweeps.whole_stages(plan)[0])
+assert sweeps.describe(plan).count("shared by") == 10_000
+print(len(plan.cells), time.perf_counter() - began, psutil.Process().memory_info().rss / 2**20)
+"""
+
+
+def test_ten_thousand_cells_are_planned_in_seconds(tmp_path):
+    grid = {"beta": [i / 50 for i in range(50)], "rl_steps": list(range(1, 21))}
+    file = sweep_file(tmp_path, pipelines=["sft_then_rl"], grid=grid, seeds=10)
+    printed = subprocess.run([sys.executable, "-c", PLAN, str(file)], check=True, capture_output=True, text=True).stdout
+    cells, seconds, megabytes = map(float, printed.split())
+    assert cells == 10_000 and seconds < 20 and megabytes < 500  # 4 s on a free machine; asked for: 10 s, 500 MB
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["%%bash\necho", "x = !ls", "x = %who_ls", "len?", 'print("%d"\n      % 3)', "import sftrl_utils.hub"],
+)
+def test_a_notebook_may_hold_magics(tmp_path, code):
+    [cell] = planned(sweep_file(tmp_path, code)).cells
+    assert ("hub" in cell.notebook.modules) == ("hub" in code)
+
+
+def test_a_cell_that_is_not_python_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="work.ipynb.* holds a cell that is not Python"):
+        planned(sweep_file(tmp_path, "this is no Python"))
+
+
+def test_a_notebook_edited_meanwhile_runs_as_it_was_planned(tmp_path):
+    file = sweep_file(tmp_path, 'print("as planned")')
+    plan = planned(file)
+    notebook(tmp_path / "work.ipynb", 'print("other")')
+    assert engines.run(plan, engines.local(1), 1, {cell.name: {} for cell in plan.cells}) == 0
+    executed = (plan.cells_folder / plan.cells[0].name / "notebook.ipynb").read_text()
+    assert "as planned" in executed and "other" not in executed
+
+
+def test_what_another_sweep_has_finished_meanwhile_is_kept(copied):
+    plan = planned(copied)
+    chosen = {cell.name: {} for cell in plan.cells}  # as if nothing had been there when they were chosen
+    assert engines.run(plan, engines.local(2), 1, chosen) == 0
+    assert (times_run(copied, 0), times_run(copied, 1)) == (1, 1)
+
+
+def test_a_fault_about_one_cell_ends_no_other(tmp_path, capsys):
+    plan = planned(sweep_file(tmp_path, seeds=3))
+
+    def faulty(job, stopped):
+        if job.cell.parameters["seed"] == 1:
+            raise RuntimeError("no reason at all\nsecond line")
+        return engines.run_job(job, stopped)
+
+    engine = engines.Engine(faulty, lambda: 1)
+    assert engines.run(plan, engine, 1, {cell.name: {} for cell in plan.cells}) == 1
+    errors = capsys.readouterr().err
+    assert "RuntimeError: no reason at all" in errors and "`sftrl sweep run" in errors and "retry" not in errors
+    assert sorted(sweeps.states(plan, set()).values()) == ["finished", "finished", "waiting"]
+
+
+def test_a_notebook_that_does_not_train_what_it_says_has_failed(tmp_path):
+    status, printed = run(sweep_file(tmp_path, pipelines=["sft"]))
+    assert status == 1 and "it did not train sft-" in printed
+
+
+def test_retrying_what_never_ran_is_no_fault(tmp_path, capsys):
+    file = sweep_file(tmp_path)
+    assert cli.main(["sweep", "retry", "--failed", str(file), "--dir", str(tmp_path / "runs")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--engine", "ray", "--jobs", "2"], "--jobs=2"),
+        (["--address", "auto"], "--engine ray"),
+        (["--gpus", "1"], "--engine ray"),
+    ],
+)
+def test_an_option_that_has_no_effect_is_refused(tmp_path, capsys, options, named):
+    assert cli.main(["sweep", "run", str(sweep_file(tmp_path)), *options]) == 2
+    assert named in capsys.readouterr().err
+
+
 def test_cells_that_share_a_stage_are_started_apart(tmp_path):
     file = sweep_file(tmp_path, pipelines=["sft_then_rl"], grid={"beta": [0.1, 0.2, 0.3]}, seeds=4)
     cells = planned(file).cells
@@ -349,7 +454,7 @@ def test_a_full_disk_loses_nothing_and_is_named(tmp_path):
         assert states(file)[0] == "finished" and states(file)[1] != "finished"
         (tmp_path / "runs" / "big").unlink()
         subprocess.run(["mount", "-o", "remount,size=40m", tmp_path], check=True)
-        run(file)
+        run(file)  # a cell that could leave nothing
         assert cli.main(["sweep", "retry", "--failed", str(file), "--dir", str(tmp_path / "runs")]) == 0
         assert set(states(file).values()) == {"finished"} and times_run(file, 0) == 1
     finally:
@@ -373,6 +478,14 @@ def test_ray_that_is_not_there_is_one_line(tmp_path, capsys, monkeypatch):
     file = sweep_file(tmp_path)
     assert cli.main(["sweep", "run", str(file), "--dir", str(tmp_path / "runs"), "--engine", "ray"]) == 2
     assert "pip install 'sftrl_utils[ray]'" in capsys.readouterr().err
+
+
+def test_a_cell_that_fits_no_machine_is_refused(tmp_path, capsys):
+    file = sweep_file(tmp_path)
+    assert (
+        cli.main(["sweep", "run", str(file), "--dir", str(tmp_path / "runs"), "--engine", "ray", "--cpus", "999"]) == 2
+    )
+    assert "no machine of the cluster has as many" in capsys.readouterr().err
 
 
 def test_ray_gives_the_same_table(trained, tmp_path):
