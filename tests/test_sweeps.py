@@ -461,13 +461,14 @@ def test_a_full_disk_loses_nothing_and_is_named(tmp_path):
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-def test_a_sweep_survives_random_kills(tmp_path):
+def test_a_sweep_survives_random_kills(trained, tmp_path):
     """The short form of `python tests/sweep_kills.py`."""
     file = sweep_file(tmp_path, TRAIN, pipelines=["sft"])
-    settings = {"preset": "smoke", "model": "embedded", "sft_steps": 2, "evaluations": 1}
-    file.write_text(yaml.safe_dump({"notebook": "work.ipynb", "fixed": settings, "seeds": 3}))
+    file.write_text(trained.read_text())
     counts = sweep_kills.kill_and_resume(file, tmp_path / "runs", kills=3, longest_s=6.0, seed=0)
     assert counts["kills"] >= 1 and sweep_kills.unharmed(counts), counts
+    tables = [pd.read_parquet(planned(each).results) for each in (file, trained)]
+    pd.testing.assert_frame_equal(*tables)
 
 
 # Ray
