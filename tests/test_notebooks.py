@@ -100,7 +100,7 @@ def test_a_notebook_loads_what_another_one_trained(executed):
     folder, _ = executed("label")
     # Two first stages, two second ones and the control of 04: 04 and 05 did not train their first ones again.
     pipelines = sorted(records.runs_table(folder / "runs")["pipeline"])
-    assert pipelines == ["constant_rl", "grpo", "rl_then_sft", "sft", "sft_then_constant_rl", "sft_then_rl"]
+    assert pipelines == sorted(set().union(*LEAVES.values()))
 
 
 def test_a_notebook_run_again_from_an_empty_store_gives_identical_metrics(executed, tmp_path):
@@ -108,7 +108,7 @@ def test_a_notebook_run_again_from_an_empty_store_gives_identical_metrics(execut
     _, run = papermill(NOTEBOOKS["04_sft_then_rl"], tmp_path, PARAMETERS["label"])
     assert run.returncode == 0, run.stderr[-2000:]
     again = records.finished_stages(tmp_path / "runs")
-    assert len(again) == 3
+    assert len(again) == 4
     for stage in again:
         first = records.read_metrics(folder / "runs" / stage.name)
         pd.testing.assert_frame_equal(records.read_metrics(stage), first, check_exact=True)

@@ -177,8 +177,8 @@ def test_another_seed_gives_other_metrics(sft_then_rl, small_config):
 )
 def test_a_stage_depends_on_its_own_settings_only(small_config, setting, value, changes):
     changed = small_config.model_copy(update={setting: value})
-    keys = {kind: [keys.stage_key(c, kind, "r", "base") for c in (small_config, changed)] for kind in ("sft", "grpo")}
-    assert {kind for kind, (before, after) in keys.items() if before != after} == changes
+    both = {kind: [keys.stage_key(c, kind, "r", "base") for c in (small_config, changed)] for kind in ("sft", "grpo")}
+    assert {kind for kind, (before, after) in both.items() if before != after} == changes
 
 
 def test_a_stage_depends_on_corpus_model_and_parent(small_config):

@@ -63,4 +63,5 @@ def test_a_notebook_runs_from_another_folder(installed, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     listed = run(installed, "-m", "sftrl_utils.cli", "runs", "--json", cwd=tmp_path)
-    assert {row["pipeline"] for row in json.loads(listed.stdout)} == {"sft", "sft_then_rl", "sft_then_constant_rl"}
+    trained = {"sft", "sft_then_rl", "sft_then_sft", "sft_then_constant_rl"}
+    assert {row["pipeline"] for row in json.loads(listed.stdout)} == trained
