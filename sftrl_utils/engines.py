@@ -237,9 +237,16 @@ def run(plan: Plan, engine: Engine, cpus: int, chosen: dict[str, dict[str, Any]]
         engine.close()
     failed = failures(plan) | {name: outcome for name, outcome in outcomes.items() if outcome.state == "failed"}
     report_failures(plan, failed)
+    states = sweeps.states(plan, sweeps.whole_stages(plan, weights=False)[0])
+    if left := sum(state in {"waiting", "running"} for state in states.values()):
+        print(
+            f"{left} of {len(plan.cells)} cells have not run to their end: `sftrl sweep run {plan.file}`",
+            file=sys.stderr,
+        )
     try:
         sweeps.write_results(plan)
-        print(f"{plan.results} holds the table")
+        if plan.results.is_file():
+            print(f"{plan.results} holds the table")
     except OSError as error:
         reason = f"({error.strerror}): make room there, and run it again"
         print(f"{plan.results} cannot be written {reason}", file=sys.stderr)

@@ -316,11 +316,14 @@ def _stage_rows(plan: Plan, name: str) -> pd.DataFrame:
 
 
 def write_results(plan: Plan) -> None:
-    """Write `results_table` to the sweep's folder; whoever reads it meanwhile has the table before."""
+    """Write `results_table`, if it has rows, to the sweep's folder; whoever reads it meanwhile has the table before."""
+    table = results_table(plan)
+    if table.empty:  # no stage yet: no columns to read
+        return
     plan.folder.mkdir(parents=True, exist_ok=True)
     unfinished = plan.results.with_suffix(f".{os.getpid()}.tmp")
     try:
-        results_table(plan).to_parquet(unfinished, index=False)
+        table.to_parquet(unfinished, index=False)
         unfinished.replace(plan.results)
     finally:
         unfinished.unlink(missing_ok=True)
