@@ -182,18 +182,22 @@ def _execute(job: Job, work: Path, stopped: Callable[[], bool]) -> Outcome:
                 time.sleep(POLL_S)
         finally:
             _kill(process)
-    untrained = [name for name in sorted(job.cell.stages) if not (job.store / name / "record.json").is_file()]
-    if reason:
-        pass
-    elif process.returncode < 0:
-        reason = f"its process was killed by signal {-process.returncode}"
-    elif process.returncode:
+    reason = reason or _fault(job, work, process.returncode)
+    return Outcome("failed", reason, last_lines(work)) if reason else Outcome("finished")
+
+
+def _fault(job: Job, work: Path, returncode: int) -> str:
+    """Why the cell that ended by itself in `work` has failed; "" if it has not."""
+    if returncode < 0:
+        return f"its process was killed by signal {-returncode}"
+    if returncode:
         file = work / REASON
         said = file.read_text(encoding="utf-8") if file.is_file() else ""
-        reason = said or (last_lines(work) or ("it printed nothing",))[-1]
-    elif untrained:
-        reason = f"it did not train {untrained[0]}, which the notebook's metadata say it does"
-    return Outcome("failed", reason, last_lines(work)) if reason else Outcome("finished")
+        return said or (last_lines(work) or ("it printed nothing",))[-1]
+    for name in sorted(job.cell.stages):
+        if not (job.store / name / "record.json").is_file():
+            return f"it did not train {name}, which the notebook's metadata say it does"
+    return ""
 
 
 def _kill(process: subprocess.Popen) -> None:
