@@ -1,159 +1,374 @@
-"""What result tables say: per-seed changes, their mean and its interval."""
+"""The ledger: every claim of the book, computed from published runs into a verdict."""
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import nbformat
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sftrl_utils.config import data_dir
-from sftrl_utils.records import PIPELINES, proxy_shares, reports, second_stage
+from sftrl_utils import analysis, records
+from sftrl_utils.config import InputError, one_line
+from sftrl_utils.effects import mean_change
+from sftrl_utils.records import damaged_file, read_record, second_stage
 
-# Ratios to tuned TRL that the trainers and the evaluation were built to reach, by case of `make bench`.
-SPEED_TARGETS = {
-    "grpo, smollm2, 40 + 2, G = 8": 10.0,
-    "grpo, smollm2, 256 + 2, G = 8": 12.0,
-    "grpo, tiny, 40 + 2, G = 8": 2.5,
-    "sft, smollm2": 1.3,
-    "sft, tiny": 1.3,
-    "eval, smollm2": 3.0,
-    "eval, smollm2, every metric": 3.0,
-    "eval, tiny": 3.0,
-    "eval, tiny, every metric": 3.0,
-}
+VERDICTS = ("supported", "refuted", "inconclusive", "missing")
 
 
-def published_results() -> Path:
-    """Store of the published stages (records and metrics, no weights)."""
-    return data_dir() / "results"
+class Runs(BaseModel):
+    """Published runs: a store below the results, a pipeline, and settings of its last stage; seeds 0 to `seeds` − 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    store: str = "."
+    pipeline: str
+    preset: str = "tiny"
+    beta: float = 0.0
+    settings: dict[str, Any] = {}
+    seeds: Annotated[int, Field(ge=2)]
 
 
-def seed_table(store: Path, pipeline: str, metrics: list[str], preset: str = "tiny", beta: float = 0.0) -> pd.DataFrame:
-    """One row per seed: each metric at the start and the end of the last stage of `pipeline`, and its change.
+class Claim(BaseModel):
+    """One entry of the ledger.
 
-    Columns are a two-level index (metric, `start` | `end` | `change`). The last row, `mean`, is over seeds.
+    `statistic` names a function of `STATISTICS`, which gives a number a seed; `metric` is its argument where it takes
+    one, `against` the runs that it compares with. The claim is that the mean over seeds is `above` `margin`, `below`
+    −`margin`, or `within` ± `margin`.
     """
-    table = second_stage(store, pipeline, preset, beta).groupby("seed")[metrics]
-    start, end = table.first(), table.last()
-    parts = pd.concat({"start": start, "end": end, "change": end - start}, axis=1).swaplevel(axis=1)
-    parts = parts[[(metric, part) for metric in metrics for part in ("start", "end", "change")]]
-    parts.index = parts.index.astype(str)
-    return pd.concat([parts, parts.mean().to_frame("mean").T]).rename_axis("seed")
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+    claim: Annotated[str, Field(min_length=1)]
+    source: Annotated[str, Field(min_length=1)]
+    statistic: str
+    metric: str | None = None
+    runs: Runs
+    against: Runs | None = None
+    direction: Literal["above", "below", "within"]
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    unit: str = ""
+
+    @model_validator(mode="after")
+    def _known(self) -> Claim:
+        if self.statistic not in STATISTICS:
+            raise ValueError(f"statistic={self.statistic!r} does not exist: choose one of {', '.join(STATISTICS)}")
+        if self.direction == "within" and not self.margin:
+            raise ValueError("direction='within' needs a margin above 0")
+        return self
 
 
-def mean_change(values: np.ndarray | pd.Series) -> tuple[float, float, float]:
-    """Mean over seeds and its 95 % BCa bootstrap interval, `(mean, low, high)`.
+@dataclass(frozen=True)
+class Verdict:
+    """What the data say of one claim: `verdict` is supported, refuted, inconclusive or missing, with `reason`."""
 
-    `values`, shape (seeds,): paired changes; two or more, else `ValueError`. Equal values give a point
-    interval. With five seeds the bootstrap is known to be too narrow: read it beside the count of seeds.
-    """
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        raise ValueError(f"an interval over seeds needs at least 2 values, got {len(values)}")
-    if np.allclose(values, values[0], rtol=0, atol=1e-12):  # BCa is undefined there
-        return float(values.mean()), float(values.min()), float(values.max())
-    interval = bootstrap((values,), np.mean, method="BCa", rng=np.random.default_rng(0)).confidence_interval
-    return float(values.mean()), float(interval.low), float(interval.high)
+    id: str
+    verdict: str
+    effect: float | None = None
+    low: float | None = None
+    high: float | None = None
+    seeds: int = 0
+    reason: str = ""
 
 
-def change_intervals(
-    store: Path, pipeline: str, control: str | None, metrics: list[str], preset: str = "tiny", beta: float = 0.0
-) -> pd.DataFrame:
-    """Mean change of each metric over the last stage of `pipeline`, of its control, and their difference.
+def read_ledger(path: Path) -> list[Claim]:
+    """The claims in `path` (`book/claims.yml`). Raises `InputError` naming the entry that is wrong."""
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} cannot be read as a ledger ({type(error).__name__}): run this in the checkout"
+        ) from None
+    claims = []
+    for entry in entries:
+        try:
+            claims.append(Claim.model_validate(entry))
+        except ValidationError as error:
+            name = entry.get("id", entry) if isinstance(entry, dict) else entry
+            raise InputError(f"{path}, claim {name!r}: {one_line(error)}") from None
+    ids = [claim.id for claim in claims]
+    if twice := {name for name in ids if ids.count(name) > 1}:
+        raise InputError(f"{path}: id {min(twice)!r} is there twice")
+    return claims
 
-    The difference is paired by seed: it is what the kind of the second stage does, beyond there being one. Without a
-    control (None) there is the change alone.
-    One row per (stage, metric) with a 95 % BCa interval; `rose` counts the seeds with a positive change.
-    """
-    changes = {
-        name: seed_table(store, name, metrics, preset, beta if _trains_rl(name) else 0.0)
-        .drop("mean")
-        .xs("change", axis=1, level=1)
-        for name in (pipeline, control)
-        if name
-    }
-    if control:
-        changes["difference"] = changes[pipeline] - changes[control]
-    rows = {
-        (name, metric): [*mean_change(change[metric]), int((change[metric] > 0).sum()), len(change)]
-        for name, change in changes.items()
-        for metric in metrics
-    }
-    columns = ["change", "low", "high", "rose", "seeds"]
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-    table.index = pd.MultiIndex.from_tuples(table.index, names=["second stage", "metric"])
+
+def quotable_figures(path: Path) -> set[str]:
+    """Numbers that the prose may hold since the paper reports them: `figures` of the ledger in `path`."""
+    return set(yaml.safe_load(path.read_text(encoding="utf-8")).get("figures", []))
+
+
+def judge(claim: Claim, results: Path) -> Verdict:
+    """The verdict of published runs in `results` on `claim`; `missing` if any of them is not there, or is damaged."""
+    try:
+        values = STATISTICS[claim.statistic](claim, results)
+    except (LookupError, OSError, InputError) as error:
+        reason = error.args[0] if error.args else type(error).__name__
+        return Verdict(claim.id, "missing", reason=str(reason))
+    effect, low, high = mean_change(values)
+    return Verdict(claim.id, decide(low, high, claim.direction, claim.margin), effect, low, high, len(values))
+
+
+def decide(low: float, high: float, direction: str, margin: float) -> str:
+    """`supported` if the whole interval is where the claim says, `refuted` if none of it is, else `inconclusive`."""
+    if direction == "below":
+        low, high = -high, -low
+    if direction == "within":
+        inside, outside = -margin < low and high < margin, high < -margin or low > margin
+    else:
+        inside, outside = low > margin, high <= margin
+    return "supported" if inside else "refuted" if outside else "inconclusive"
+
+
+def _table(runs: Runs, results: Path) -> pd.DataFrame:
+    """`second_stage` of `runs`; `LookupError` if a seed is missing or a file is not what was published."""
+    store = results / runs.store
+    table = second_stage(store, runs.pipeline, runs.preset, runs.beta, **runs.settings)
+    if absent := set(range(runs.seeds)) - set(table["seed"]):
+        raise LookupError(
+            f"{store} holds no valid {runs.pipeline} with seed {min(absent)}, {len(absent)} seeds are missing"
+        )
+    table = table[table["seed"] < runs.seeds]
+    for stage in table["stage"].unique():
+        while stage != "base" and (store / stage).is_dir():
+            if file := damaged_file(store / stage, weights=False):
+                raise LookupError(f"{store / stage / file} is not what was published")
+            stage = read_record(store / stage).parent
     return table
 
 
-def _trains_rl(pipeline: str) -> bool:
-    return any(set(kinds) - {"sft"} for kinds, name in PIPELINES.items() if name == pipeline)
+def _ends(runs: Runs, metric: str, results: Path) -> tuple[pd.Series, pd.Series]:
+    seeds = _table(runs, results).groupby("seed")[metric]
+    return seeds.first(), seeds.last()
 
 
-def proxy_table(store: Path, preset: str = "tiny") -> pd.DataFrame:
-    """What following a reward model does, by the share of preference pairs flipped before it learned.
+def _change(claim: Claim, results: Path) -> pd.Series:
+    """End of the last stage minus its start."""
+    start, end = _ends(claim.runs, claim.metric, results)
+    return end - start
 
-    Means over seeds, on dev: accuracy of the reward model; change over the RL stage of the reward it gives (`proxy`)
-    and of the verifier's (`gold`), each with its 95 % interval; MCC and acceptable rate at its end; how many seeds.
+
+def _change_beyond(claim: Claim, results: Path) -> pd.Series:
+    """The change, minus that of the runs it is compared with: a control."""
+    start, end = _ends(claim.against, claim.metric, results)
+    return _change(claim, results) - (end - start)
+
+
+def _end_beyond(claim: Claim, results: Path) -> pd.Series:
+    """The end, minus the end of the runs it is compared with."""
+    return _ends(claim.runs, claim.metric, results)[1] - _ends(claim.against, claim.metric, results)[1]
+
+
+def _above_base(claim: Claim, results: Path) -> pd.Series:
+    """The end of the last stage, minus the base model's own."""
+    _, end = _ends(claim.runs, claim.metric, results)
+    return end - records.base_metrics(results / claim.runs.store, claim.runs.preset)[claim.metric]
+
+
+def _end(claim: Claim, results: Path) -> pd.Series:
+    """The end of the last stage."""
+    return _ends(claim.runs, claim.metric, results)[1]
+
+
+def _confidence_share(claim: Claim, results: Path) -> pd.Series:
+    """Share of the rise of the loss over the two answers that one temperature takes back."""
+    parts = analysis.parts_of_the_loss(*_place(claim, results), **claim.runs.settings)
+    return parts["confidence"] / parts["total"]
+
+
+def _answers_share(claim: Claim, results: Path) -> pd.Series:
+    """Share of the change of the reward that changed answers make, not changed confidence."""
+    parts = analysis.parts_of_the_reward(*_place(claim, results), **claim.runs.settings)
+    return parts["answers"] / parts["total"]
+
+
+def _fixed_point_error(claim: Claim, results: Path) -> pd.Series:
+    """SFT loss after RL, measured minus predicted by GRPO's fixed point, as a share of the predicted change."""
+    store, _, preset, beta = _place(claim, results)
+    table = analysis.loss_predictions(store, [beta], preset).set_index("seed")
+    return (table["measured"] - table["fixed_point"]) / (table["fixed_point"] - table["before"]).abs()
+
+
+def _gibbs_share(claim: Claim, results: Path) -> pd.Series:
+    """Share of the variance of log(p/s) that a multiple of the reward explains."""
+    store, _, preset, beta = _place(claim, results)
+    return analysis.loss_predictions(store, [beta], preset).set_index("seed")["gibbs_share"]
+
+
+def _threshold_agreement(claim: Claim, results: Path) -> pd.Series:
+    """Share of RL lengths at which the sign of the loss's change is the one that the threshold condition gives."""
+    store, _, preset, _ = _place(claim, results)
+    table = analysis.threshold_signs(store, preset)
+    return (table["predicted"] == table["measured"]).groupby(table["seed"]).mean()
+
+
+def _stopping_octaves(claim: Claim, results: Path) -> pd.Series:
+    """log₂ of the RL step of least SFT loss over the step at which the model's reward reaches the data's."""
+    store, _, preset, _ = _place(claim, results)
+    table = analysis.stopping_steps(store, preset)
+    return np.log2(table["measured"].clip(lower=1) / table["predicted"].clip(lower=1))
+
+
+def _gradient_cosine(claim: Claim, results: Path) -> pd.Series:
+    """Cosine of −∇L and ∇R at the end of the last stage, all weights, expectations over q."""
+    _table(claim.runs, results)
+    stages = _table(claim.runs, results).groupby("stage")["seed"].first()
+    cosines = pd.read_parquet(results / "gradients" / "cosines.parquet")
+    chosen = cosines[(cosines["layer"] == "all") & (cosines["labels"] == "population")].set_index("stage")["cosine"]
+    return chosen.loc[stages.index].set_axis(stages)
+
+
+def _excess_beyond(claim: Claim, results: Path) -> pd.Series:
+    """Distance above the frontier of all policies, minus that of the runs it is compared with."""
+    places = {"own": claim.runs, "other": claim.against}
+    methods = {
+        name: {
+            "store": runs.store,
+            "pipeline": runs.pipeline,
+            "preset": runs.preset,
+            "beta": runs.beta,
+            **runs.settings,
+        }
+        for name, runs in places.items()
+    }
+    for runs in places.values():
+        _table(runs, results)
+    excess = analysis.plane(results, methods).pivot(index="seed", columns="method", values="excess")
+    return (excess["own"] - excess["other"]).dropna()
+
+
+def _place(claim: Claim, results: Path) -> tuple[Path, str, str, float]:
+    """Where the runs of `claim` are, once all of them are known to be there."""
+    _table(claim.runs, results)
+    return results / claim.runs.store, claim.runs.pipeline, claim.runs.preset, claim.runs.beta
+
+
+STATISTICS: dict[str, Callable[[Claim, Path], pd.Series]] = {
+    "change": _change,
+    "change beyond": _change_beyond,
+    "end": _end,
+    "end beyond": _end_beyond,
+    "above base": _above_base,
+    "confidence share": _confidence_share,
+    "answers share": _answers_share,
+    "fixed-point error": _fixed_point_error,
+    "Gibbs share": _gibbs_share,
+    "threshold agreement": _threshold_agreement,
+    "stopping octaves": _stopping_octaves,
+    "gradient cosine": _gradient_cosine,
+    "excess beyond": _excess_beyond,
+}
+
+
+# ---- What pages say
+
+
+QUOTE = re.compile(r"\[(supported|refuted|inconclusive|missing)\]\((?:[\w./]*)#claim-([a-z0-9-]+)\)")
+# A number with two decimals or more that is neither in code, nor in mathematics, nor glued, nor part of a name.
+TYPED = re.compile(r"(?<![\w.$/])[−+-]?\d+\.\d{2,}(?![\w.]*[\w/])")
+UNREAD = re.compile(
+    r"```.*?```|~~~.*?~~~|``[^`]*``|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\{[\w:]+\}`[^`]*`|\]\([^)]*\)|<[^>]*>", re.DOTALL
+)
+
+
+def pages(root: Path) -> dict[str, str]:
+    """Markdown of every page of the book, by its path under `root`: `book/*.md` and the text cells of the notebooks."""
+    found = {path: path.read_text(encoding="utf-8") for path in sorted((root / "book").glob("*.md"))}
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        found[path] = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return {path.relative_to(root).as_posix(): text for path, text in found.items()}
+
+
+def misquoted(texts: dict[str, str], verdicts: list[Verdict]) -> list[str]:
+    """One line for each quotation `[supported](#claim-<id>)` in `texts` that is not the verdict of the data."""
+    known = {verdict.id: verdict.verdict for verdict in verdicts}
+    return [
+        f"{page}: says that {name} is {said}, the data say {known.get(name, 'that there is no such claim')}"
+        for page, text in texts.items()
+        for said, name in QUOTE.findall(text)
+        if known.get(name) != said
+    ]
+
+
+def typed_metrics(texts: dict[str, str], allowed: set[str]) -> list[str]:
+    """One line for each number in the prose of `texts` that looks like a result and was typed by hand.
+
+    Those that the paper reports, `allowed`, may be.
     """
-    rows = {}
-    for share in proxy_shares(store, preset):
-        seeds = second_stage(store, "proxy_rl", preset, proxy_flipped=share).groupby("seed")
-        row = {"proxy_accuracy": seeds["proxy_accuracy_dev"].first().mean()}
-        for name, column in (("proxy", "proxy_reward_dev"), ("gold", "mean_reward_dev")):
-            change = seeds[column].last() - seeds[column].first()
-            row |= dict(zip((f"{name}_change", f"{name}_low", f"{name}_high"), mean_change(change), strict=True))
-        row |= {name: seeds[f"{name}_dev"].last().mean() for name in ("mcc", "acceptable_rate")}
-        rows[share] = row | {"seeds": len(seeds)}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("flipped")
+    return [
+        f"{page}: {number} is typed by hand, glue it from the run that gave it"
+        for page, text in texts.items()
+        for number in TYPED.findall(UNREAD.sub(" ", text))
+        if number.lstrip("−+-") not in allowed
+    ]
 
 
-def judged(store: Path, pipeline: str, preset: str = "tiny", beta: float = 0.0) -> pd.DataFrame:
-    """The harder judgement along `pipeline`, means over seeds: rows are metrics, columns the base and each stage."""
-    table = reports(store, pipeline, preset, beta).groupby(["metric", "point"], sort=False)["value"].mean()
-    return table.unstack("point").rename(columns={0: "base", 1: "after stage 1", 2: "after stage 2"})
+def table(claims: list[Claim], verdicts: list[Verdict]) -> pd.DataFrame:
+    """One row a claim: its sentence, verdict, effect with its 95 % interval, number of seeds, and why it is missing."""
+    rows = [{"claim": claim.claim, **asdict(verdict)} for claim, verdict in zip(claims, verdicts, strict=True)]
+    return pd.DataFrame(rows).set_index("id")
 
 
-def stage_ends(table: pd.DataFrame, pipeline: str) -> pd.DataFrame:
-    """Rows of a sweep's table (`sweeps.results_table`) that are the last evaluation of a valid stage of `pipeline`.
-
-    One row a stage: cells that share it are one training, not several.
-    """
-    rows = table[(table["pipeline"] == pipeline) & table["valid"]]
-    return rows.sort_values("step", kind="stable").drop_duplicates("stage", keep="last").sort_index()
-
-
-def benchmark() -> pd.DataFrame:
-    """Published rows of `make bench`, one a device and case: seconds, ratios to plain TRL, memory in MB."""
-    files = sorted((published_results() / "bench").glob("*.json"))
-    rows = [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))]
-    return pd.DataFrame(rows).set_index(["device", "case"])
+def text(claims: list[Claim], verdicts: list[Verdict]) -> str:
+    """The ledger for a terminal: one line a claim, and why what is missing is missing."""
+    lines = [
+        f"{verdict.verdict:12}  {_effect(claim, verdict) or verdict.reason:44}  {verdict.id}"
+        for claim, verdict in zip(claims, verdicts, strict=True)
+    ]
+    counts = [f"{sum(v.verdict == name for v in verdicts)} {name}" for name in VERDICTS]
+    return "\n".join([*lines, ", ".join(counts)])
 
 
-def speed_targets(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `benchmark` that were given a target ratio to tuned TRL: target, ratio with its range, floor, verdict."""
-    targets = table.index.get_level_values("case").map(SPEED_TARGETS)
-    rows = table[["ratio", "ratio_min", "ratio_max", "floor_ratio"]].assign(target=targets).dropna()
-    return rows.assign(reached=rows["ratio"] >= rows["target"])
+def page(claims: list[Claim], verdicts: list[Verdict]) -> str:
+    """The ledger as Markdown: a table of all claims, then an entry for each, which `#claim-<id>` links to."""
+    lines = ["| claim | verdict | effect, 95 % interval | seeds |", "|---|---|---|---|"]
+    for claim, verdict in zip(claims, verdicts, strict=True):
+        cells = (f"[{claim.claim}](#claim-{claim.id})", verdict.verdict, _effect(claim, verdict), verdict.seeds or "")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    entries = [_entry(claim, verdict) for claim, verdict in zip(claims, verdicts, strict=True)]
+    return "\n".join(lines) + "\n\n" + "\n\n".join(entries) + "\n"
 
 
-def step_profiles(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `benchmark` that were profiled: shares of a step's time by operation, and of all else.
+def _entry(claim: Claim, verdict: Verdict) -> str:
+    effect = _effect(claim, verdict)
+    found = f"{effect}, {verdict.seeds} seeds" if effect else verdict.reason
+    conditions = {
+        "above": f"above {claim.margin:g}",
+        "below": f"below {-claim.margin:g}",
+        "within": f"between −{claim.margin:g} and {claim.margin:g}",
+    }
+    statistic = claim.statistic + (f" of `{claim.metric}`" if claim.metric else "")
+    return "\n\n".join([
+        f"(claim-{claim.id})=\n### {claim.claim}",
+        f"**{verdict.verdict.capitalize()}**: {found}.",
+        f"It holds if the {statistic} is {conditions[claim.direction]}, all of the interval of its mean over seeds. "
+        f"Statistic: {_summary(claim.statistic)}.",
+        f"Source: {claim.source}.",
+        f"Runs: {_runs(claim.runs)}" + (f"; against {_runs(claim.against)}." if claim.against else "."),
+    ])  # fmt: skip
 
-    Only the costliest operations of a row are recorded: NaN says that this one is part of `all else`.
-    """
-    profiles = table["profile"].dropna()
-    shares = pd.DataFrame(list(profiles), index=profiles.index)
-    return shares.assign(**{"all else": 1 - shares.sum(axis=1)})
+
+def _effect(claim: Claim, verdict: Verdict) -> str:
+    if verdict.effect is None:
+        return ""
+    unit = f" {claim.unit}" if claim.unit else ""
+    return f"{verdict.effect:+.3f} ({verdict.low:+.3f} to {verdict.high:+.3f}){unit}"
 
 
-def step_seconds(table: pd.DataFrame) -> pd.DataFrame:
-    """GRPO rows of `benchmark` as columns device, model, prompt_tokens, group_size, trainer and seconds a step."""
-    cases = table.index.get_level_values("case").str.extract(r"grpo, (\w+), (\d+) \+ 2, G = (\d+)")
-    cases.columns = ["model", "prompt_tokens", "group_size"]
-    long = table.reset_index("device")[["device", "ours_s", "trl_tuned_s"]].reset_index(drop=True).join(cases).dropna()
-    long = long.astype({"prompt_tokens": int, "group_size": int})
-    long = long.rename(columns={"ours_s": "prefix shared", "trl_tuned_s": "tuned TRL"})
-    return long.melt(["device", *cases.columns], var_name="trainer", value_name="seconds")
+def _summary(statistic: str) -> str:
+    first = STATISTICS[statistic].__doc__.splitlines()[0].rstrip(".")
+    return first[0].lower() + first[1:]
+
+
+def _runs(runs: Runs) -> str:
+    settings = {"beta": f"{runs.beta:g}", **runs.settings}
+    place = "data/results" if runs.store == "." else f"data/results/{runs.store}"
+    text = ", ".join(f"`{name}={value}`" for name, value in settings.items())
+    return f"`{place}`, pipeline `{runs.pipeline}`, preset `{runs.preset}`, {text}, seeds 0 to {runs.seeds - 1}"

@@ -50,7 +50,19 @@ def _parser() -> argparse.ArgumentParser:
     publish = commands.add_parser("publish", help="copy records and metrics of stages, without weights")
     publish.add_argument("--dir", type=Path, default=Path("runs"), help="the store to copy from (default: runs)")
     publish.add_argument("--to", type=Path, required=True, help="the folder to copy to, e.g. data/results")
+    publish.add_argument("--sweep", type=Path, metavar="FILE", help="only the stages and the table of this sweep")
     publish.set_defaults(command=_publish)
+
+    claims = commands.add_parser("claims", help="what published runs say of each claim in book/claims.yml")
+    claims.add_argument(
+        "--json", action="store_true", help="print a list of objects: id, verdict, effect, low, high, …"
+    )
+    claims.set_defaults(command=_claims)
+
+    gradients = commands.add_parser("gradients", help="cosines of the two objectives' gradients, for trained stages")
+    gradients.add_argument("--dir", type=Path, default=Path("runs"), help="a store with weights (default: runs)")
+    gradients.add_argument("--to", type=Path, required=True, help="the folder to write to, e.g. data/results/gradients")
+    gradients.set_defaults(command=_gradients)
 
     push = commands.add_parser("push", help="upload a stage to the Hugging Face hub, with a card from its record")
     push.add_argument("stage", type=Path, help="the stage's folder, as `sftrl run` prints it")
@@ -208,14 +220,47 @@ def _publish(options: argparse.Namespace) -> int:
 
     if not options.dir.is_dir():
         raise InputError(f"--dir={str(options.dir)!r} is not a folder: name a store such as runs")
+    names = None
+    if options.sweep:
+        from sftrl_utils import sweeps
+
+        names = sweeps.plan(options.sweep, options.dir).stages
     try:
-        copied = records.publish(options.dir, options.to)
+        copied = records.publish(options.dir, options.to, names)
     except ValueError as error:
         raise InputError(str(error)) from None
     print(f"{len(copied)} stages copied to {options.to}")
     for record in copied:
         if not record.valid:  # claims and figures leave it out; whoever reads the tables should know why
             print(f"{record.stage} is INVALID: {record.failed_gates}", file=sys.stderr)
+    return 0
+
+
+def _claims(options: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from sftrl_utils import claims
+
+    root = Path(".")
+    ledger = claims.read_ledger(root / "book" / "claims.yml")
+    verdicts = [claims.judge(claim, root / "data" / "results") for claim in ledger]
+    if options.json:
+        print(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
+    else:
+        print(claims.text(ledger, verdicts))
+    texts = claims.pages(root)
+    wrong = claims.misquoted(texts, verdicts)
+    wrong += claims.typed_metrics(texts, claims.quotable_figures(root / "book" / "claims.yml"))
+    for line in wrong:
+        print(f"sftrl: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _gradients(options: argparse.Namespace) -> int:
+    from sftrl_utils import alignment
+
+    print(f"{alignment.measure_store(options.dir, options.to)} stages measured into {options.to}")
     return 0
 
 

@@ -41,6 +41,9 @@ _TINY = {
     "lora_rank": 0,  # the paper trains all weights
     "gradient_checkpointing": False,  # costs about a third more time, and there is memory enough
     "proxy_flipped": 0.0,  # of the pairs that a proxy reward is learned from: annotators who never err
+    "sft_weight": 1.0,  # the two losses of a joint update weigh the same; swept by the book
+    "cycles": 10,  # 20 updates of the one, 20 of the other
+    "interpolation": 0.5,  # halfway between the two ends
     "loss_type": "grpo",  # the loss of the GRPO paper (DeepSeekMath, Eq. 3); TRL's default is "dapo"
     "train_sentences": 4000,
     "dev_sentences": 400,
@@ -53,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": "embedded-random",
         "sft_steps": 10,
         "rl_steps": 10,
+        "cycles": 5,
         "batch_size": 8,
         "group_size": 4,
         "train_sentences": 200,
@@ -99,6 +103,7 @@ def _not_bool(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
 CountOrZero = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
 Rate = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class RunConfig(BaseModel):
@@ -113,6 +118,8 @@ class RunConfig(BaseModel):
     stage ends.
     `proxy_flipped` is the share of preference pairs whose order is reversed before a reward model
     learns from them.
+    `sft_weight`, `cycles` and `interpolation` are of the stages `joint` (the λ beside the GRPO loss), `interleaved`
+    (how often SFT and GRPO take turns) and `merged` (the share of the later model in the mean of weights).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -133,7 +140,10 @@ class RunConfig(BaseModel):
     format_steps: CountOrZero
     lora_rank: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, le=1024)]
     gradient_checkpointing: bool
-    proxy_flipped: Annotated[float, BeforeValidator(_not_bool), Field(ge=0, le=1, allow_inf_nan=False)]
+    proxy_flipped: Share
+    sft_weight: Annotated[float, BeforeValidator(_not_bool), Field(ge=0, allow_inf_nan=False)]
+    cycles: Count
+    interpolation: Share
     train_sentences: Count
     dev_sentences: Count
     heldout_sentences: Count

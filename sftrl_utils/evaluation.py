@@ -116,14 +116,16 @@ class Evaluator:
     """Evaluates policies on the splits of one corpus; remembers reference policies for the KL.
 
     `references` maps a name (`start`, `base`) to answer probabilities per split, as `answer_probabilities`
-    returns them; `evaluate` reports the KL from each. `judge`, where there is one, maps prompts to the preference of a
-    proxy for each of the two answers, shape (N, 2), in [−1, 1].
+    returns them; `evaluate` reports the KL from each. `answers` holds the log-probabilities of the two answers, shape
+    (N, 2) per split, that the remembered policies and, under `end`, the last of the others gave. `judge`, where there
+    is one, maps prompts to the preference of a proxy for each of the two answers, shape (N, 2), in [−1, 1].
     """
 
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
     style: str
     references: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    answers: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     judge: Callable[[list[str]], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
@@ -149,6 +151,7 @@ class Evaluator:
         result = {}
         for split, frame in self._frames.items():
             scores = self.answer_scores(model, split)
+            self.answers.setdefault(remember or "end", {})[split] = scores.logprob
             if remember:
                 self.references.setdefault(remember, {})[split] = answer_probabilities(scores)
                 self.references.setdefault("base", {}).setdefault(split, self.references[remember][split])
@@ -159,6 +162,17 @@ class Evaluator:
                 metrics |= self._proxy_reward(split, answer_probabilities(scores))
             result |= {f"{name}_{split}": value for name, value in metrics.items()}
         return result
+
+    def answer_table(self, point: str) -> pd.DataFrame:
+        """`answers[point]` with the label, q and phenomenon of each sentence: see `records.read_answers`."""
+        parts = [
+            frame[["label", "q", "phenomenon"]].assign(
+                split=split, **dict(zip(ANSWERS, self.answers[point][split].T.astype(np.float32), strict=True))
+            )
+            for split, frame in self._frames.items()
+        ]
+        table = pd.concat(parts, ignore_index=True)
+        return table.astype({"label": "int8", "q": "float32", "phenomenon": "category", "split": "category"})
 
     def _proxy_reward(self, split: str, p: np.ndarray) -> dict[str, float]:
         """Exact mean of what the proxy thinks of one response, −1 for what cannot be parsed; its own accuracy."""

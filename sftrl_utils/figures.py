@@ -92,7 +92,7 @@ def seeds_figure(store: Path, pipelines: Sequence[str], metric: str, split: str,
 def swept(ends: pd.DataFrame, parameter: str, metrics: Sequence[str], base: pd.Series) -> Figure:
     """One panel a metric on dev: where the cells of a sweep end, over the values of `parameter`.
 
-    `ends` is `claims.stage_ends`: dots are cells, the line their mean over seeds with its 95 % interval. `base` holds
+    `ends` is `effects.stage_ends`: dots are cells, the line their mean over seeds with its 95 % interval. `base` holds
     the metrics of the base model.
     """
     use_style()
@@ -218,7 +218,7 @@ def grpo_at_rest(start: float, betas: np.ndarray, group_size: int) -> Figure:
 def step_costs(seconds: pd.DataFrame, model: str) -> Figure:
     """Seconds a GRPO step over group size (left) and prompt length (right), with the slope of each straight line.
 
-    `seconds` is one device's part of `claims.step_seconds`.
+    `seconds` is one device's part of `costs.step_seconds`.
     """
     use_style()
     figure, axes = plt.subplots(1, 2, figsize=(10.4, 3.6))

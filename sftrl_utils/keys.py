@@ -14,8 +14,8 @@ from sftrl_utils.config import InputError, RunConfig
 
 # Modules whose code decides what a stage's numbers are; what lists or draws them is not among these.
 RESULT_MODULES = (
-    "lexicon", "grammar", "corpora", "sources", "models", "rewards", "evaluation", "prefix_sharing", "training",
-    "protocol", "keys", "stages",
+    "lexicon", "grammar", "corpora", "sources", "models", "rewards", "evaluation", "prefix_sharing", "joint",
+    "training", "protocol", "keys", "stages",
 )  # fmt: skip
 _RL_SETTINGS = ("rl_steps", "rl_learning_rate", "beta", "group_size", "loss_type")
 _SFT_SETTINGS = ("sft_steps", "sft_learning_rate")
@@ -25,6 +25,9 @@ RESULT_SETTINGS = {
     "grpo": (*_RL_SETTINGS, "evaluations"),
     "constant": (*_RL_SETTINGS, "evaluations"),
     "proxy": (*_RL_SETTINGS, *_SFT_SETTINGS, "evaluations", "proxy_flipped"),
+    "joint": (*_RL_SETTINGS, "sft_weight", "evaluations"),
+    "interleaved": (*_RL_SETTINGS, *_SFT_SETTINGS, "cycles", "evaluations"),
+    "merged": ("interpolation",),
 }
 COMMON_SETTINGS = ("response_style", "seed", "batch_size", "lora_rank", "gradient_checkpointing")
 

@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ from sftrl_utils.config import PRESETS, InputError
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "numpy")
 CHECKSUMS = "SHA256SUMS"
-PUBLISHED = ("metrics.parquet", "report.parquet", "record.json")  # files of a stage: all but its model
+PUBLISHED = (
+    "metrics.parquet",
+    "report.parquet",
+    "answers.parquet",
+    "record.json",
+)  # files of a stage: all but its model
 SUMMARY = (
     "sft_loss_train",
     "sft_loss_dev",
@@ -41,6 +47,10 @@ PIPELINES = {
     ("constant",): "constant_rl",
     ("sft", "constant"): "sft_then_constant_rl",
     ("constant", "sft"): "constant_rl_then_sft",
+    ("joint",): "joint",
+    ("interleaved",): "interleaved",
+    ("sft", "interleaved"): "sft_then_interleaved",
+    ("sft", "grpo", "merged"): "sft_then_rl_merged",
 }
 
 
@@ -153,7 +163,7 @@ def damaged_file(folder: Path, weights: bool = True) -> str:
     except (OSError, UnicodeDecodeError):
         return CHECKSUMS
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if not set(PUBLISHED) <= set(listed):
+    if not {"metrics.parquet", "report.parquet", "record.json"} <= set(listed):
         return CHECKSUMS
     for name, digest in listed.items():
         try:
@@ -187,6 +197,15 @@ def read_report(stage_dir: Path) -> pd.DataFrame:
     Columns `point` (`start` or `end`), `metric`, `value`, `low`, `high`.
     """
     return pd.read_parquet(stage_dir / "report.parquet")
+
+
+def read_answers(stage_dir: Path) -> pd.DataFrame:
+    """What the model at a stage's end, and at its start where that is the base model, answers to each sentence.
+
+    Columns `point` (`start` or `end`), `split`, `label`, `q` and `phenomenon` of the sentence, and log-probabilities
+    `unacceptable` and `acceptable` in nats; rows of a split are in the corpus's order.
+    """
+    return pd.read_parquet(stage_dir / "answers.parquet")
 
 
 def writable_store(folder: Path) -> Path:
@@ -245,10 +264,10 @@ def runs_text(store: Path) -> str:
     return table[columns].to_string(index=False, float_format=lambda value: f"{value:.3f}")
 
 
-def publish(store: Path, target: Path) -> list[RunRecord]:
-    """Copy record, metrics and report, no weights, of every finished stage in `store` to `target`; returns the records.
+def publish(store: Path, target: Path, names: Collection[str] | None = None) -> list[RunRecord]:
+    """Copy record, metrics, report and answers, no weights, of finished stages in `store` to `target`.
 
-    Tables of sweeps go with them.
+    All of them, or those of `names`; returns their records. Tables of sweeps go with them.
 
     What `target` holds of another version of the code is removed, the rest stays. Raises `ValueError`, `target`
     untouched, if the stages were trained by different versions of the code, whose numbers must not be mixed, or before
@@ -256,9 +275,11 @@ def publish(store: Path, target: Path) -> list[RunRecord]:
     """
     if target.exists() and (not target.is_dir() or target.samefile(store)):
         raise ValueError(f"{target} is a file, or the store itself: name another folder")
-    stages = finished_stages(store)
+    stages = [path for path in finished_stages(store) if names is None or path.name in names]
     if not stages:
         raise ValueError(f"{store} holds no finished stage: nothing to publish")
+    if names is not None and len(stages) < len(names):
+        raise ValueError(f"{store} holds {len(stages)} of {len(names)} stages: run the sweep to its end first")
     copied = [read_record(stage_dir) for stage_dir in stages]
     versions_of_code = {record.key["code"] for record in copied}
     if len(versions_of_code) > 1:
@@ -325,13 +346,13 @@ def base_metrics(store: Path, preset: str = "tiny") -> pd.Series:
     return table[table["step"] == 0].iloc[0]
 
 
-def reports(store: Path, pipeline: str, preset: str = "tiny", beta: float = 0.0) -> pd.DataFrame:
+def reports(store: Path, pipeline: str, preset: str = "tiny", beta: float = 0.0, **where: Any) -> pd.DataFrame:
     """The harder judgement along `pipeline`, one row per seed, point and metric: see `protocol.report`.
 
-    `point` is the number of stages done: 0 for the base model. Raises `LookupError` as `second_stage`.
+    `point` is the number of stages done: 0 for the base model. `where` and errors as `second_stage`.
     """
     tables = []
-    for seed, name in second_stage(store, pipeline, preset, beta).groupby("seed")["stage"].first().items():
+    for seed, name in second_stage(store, pipeline, preset, beta, **where).groupby("seed")["stage"].first().items():
         chain = [name]
         while len(chain) < len(read_record(store / name).kinds):
             chain.insert(0, read_record(store / chain[0]).parent)

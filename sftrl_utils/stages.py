@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sftrl_utils import corpora, keys, models, protocol, records, sources, training
 from sftrl_utils.config import InputError, RunConfig
 from sftrl_utils.evaluation import Evaluator
+from sftrl_utils.joint import step_weights
 from sftrl_utils.records import RunRecord
 
 SEED_STRIDE = 1_000_003  # a stage must not replay the order of data or samples of the one before
@@ -34,6 +35,11 @@ class Stage:
     record: RunRecord
     metrics: pd.DataFrame
     report: pd.DataFrame
+
+    @property
+    def answers(self) -> pd.DataFrame:
+        """What the model answers to each sentence: see `records.read_answers`."""
+        return records.read_answers(self.path)
 
     def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The trained model and its tokenizer."""
@@ -63,6 +69,8 @@ def train_stage(config: RunConfig, kind: str, parent: Stage | None = None) -> St
         raise InputError(
             f"response_style={config.response_style!r}: a reward model compares one-word answers, use 'label'"
         )
+    if kind == "interleaved":
+        step_weights(kind, config)  # says what does not divide
     if parent is None and kind != "format" and config.format_steps:
         parent = train_stage(config.model_copy(update={"seed": 0}), "format")
     corpus = corpora.load_corpus(config)
@@ -127,7 +135,10 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
     started, clock = datetime.now(UTC), time.perf_counter()
     depth = -1 if kind == "format" else len(kinds)
     seed = (config.seed + SEED_STRIDE * depth) % 2**31
-    trained = training.train(kind, model, tokenizer, corpus, config, evaluator, seed)
+    if kind == "merged":
+        trained = training.merge(model, _parent_model(parent), config.interpolation, evaluator)
+    else:
+        trained = training.train(kind, model, tokenizer, corpus, config, evaluator, seed)
     reports["end"] = judge(model)
     record = RunRecord(
         stage=name,
@@ -157,6 +168,8 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
         np.savez(unfinished / "base.npz", **evaluator.references["base"])
         trained.metrics.to_parquet(unfinished / "metrics.parquet", index=False)
         pd.concat(reports, names=["point"]).reset_index().to_parquet(unfinished / "report.parquet", index=False)
+        answers = pd.concat([evaluator.answer_table(point).assign(point=point) for point in reports])
+        answers.to_parquet(unfinished / "answers.parquet", index=False, compression="zstd")
         (unfinished / "record.json").write_text(record.model_dump_json(indent=2), encoding="utf-8")
         records.write_checksums(unfinished)
     except (OSError, SafetensorError) as error:
@@ -165,6 +178,13 @@ def _train_into(store, name, key, config, kind, corpus, parent) -> None:
         raise InputError(f"out_dir={str(store)!r}: {name} cannot be written ({reason}): make room there") from None
     shutil.rmtree(store / name, ignore_errors=True)  # damaged, or without a record and nobody's
     unfinished.rename(store / name)
+
+
+def _parent_model(stage: Stage) -> PreTrainedModel:
+    """The model that `stage` started from."""
+    if stage.record.parent == "base":
+        return models.load(stage.record.model)[0]
+    return open_stage(stage.path.parent / stage.record.parent).load_model()[0]
 
 
 def _base_answers(parent: Stage, evaluator: Evaluator, corpus: corpora.Corpus) -> dict[str, np.ndarray]:

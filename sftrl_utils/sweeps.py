@@ -137,6 +137,11 @@ class Plan:
     _rows: dict[str, tuple[float, pd.DataFrame]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def stages(self) -> set[str]:
+        """Names of all stages that its cells ask for."""
+        return set().union(*(cell.stages for cell in self.cells))
+
+    @property
     def folder(self) -> Path:
         """Where the sweep's table and its cells are."""
         return self.store / "sweeps" / self.file.stem
@@ -234,7 +239,7 @@ def whole_stages(plan: Plan, weights: bool = True) -> tuple[set[str], list[Path]
     Without `weights` models are not read: they can be large.
     """
     whole, damaged = set(), []
-    for name in sorted(set().union(*(cell.stages for cell in plan.cells))):
+    for name in sorted(plan.stages):
         folder = plan.store / name
         if (folder / "record.json").is_file():
             if file := records.damaged_file(folder, weights):

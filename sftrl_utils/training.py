@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 from trl import GRPOConfig, RewardConfig, RewardTrainer, SFTConfig
@@ -21,10 +22,11 @@ from sftrl_utils import models
 from sftrl_utils.config import InputError, RunConfig
 from sftrl_utils.corpora import ANSWERS, Corpus, response_text, rl_dataset, sft_dataset
 from sftrl_utils.evaluation import Evaluator
+from sftrl_utils.joint import JointTrainer, step_weights
 from sftrl_utils.prefix_sharing import PrefixSharingGRPOTrainer, PrefixSharingSFTTrainer
 from sftrl_utils.rewards import RewardModel, constant_reward, preference_pairs, verifier
 
-RL_KINDS = ("grpo", "proxy", "constant")
+RL_KINDS = ("grpo", "proxy", "constant", "joint", "interleaved")
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,12 @@ def sft_config(config: RunConfig, seed: int, output_dir: str, steps: int | None 
     )
 
 
-def grpo_config(config: RunConfig, seed: int, output_dir: str, max_completion_length: int) -> GRPOConfig:
-    """Settings of a reinforcement stage: group-relative policy optimisation, Eq. (grpo)."""
+def grpo_config(
+    config: RunConfig, seed: int, output_dir: str, max_completion_length: int, steps: int | None = None
+) -> GRPOConfig:
+    """Settings of a reinforcement stage of `steps` (`config.rl_steps`): Eq. (grpo)."""
     return GRPOConfig(
-        max_steps=config.rl_steps,
+        max_steps=steps or config.rl_steps,
         learning_rate=config.rl_learning_rate,
         per_device_train_batch_size=config.batch_size,
         num_generations=config.group_size,
@@ -149,12 +153,14 @@ def train(
 
     `kind`: `sft`; `format`, SFT on labels drawn at random, half of them each; `grpo`, rewarded by the verifier;
     `proxy`, GRPO rewarded by a reward model that is trained here first; `constant`, GRPO with the same reward for every
-    response. Adapters, where `config.lora_rank` asks for them, are merged into `model` at the end.
+    response; `joint` and `interleaved`, GRPO and SFT (`joint.step_weights`). Adapters, where `config.lora_rank` asks
+    for them, are merged into `model` at the end.
     """
     datasets.disable_progress_bars()
     set_seed(seed)
     frame, style = corpus.splits["train"], config.response_style
-    steps = {"sft": config.sft_steps, "format": config.format_steps}.get(kind, config.rl_steps)
+    weights = step_weights(kind, config) if kind in {"joint", "interleaved"} else []
+    steps = {"sft": config.sft_steps, "format": config.format_steps}.get(kind, len(weights) or config.rl_steps)
     watcher = _Watcher(evaluator, steps, 1 if kind == "format" else config.evaluations, f"{kind}, seed {config.seed}")
     shared = {"processing_class": tokenizer, "callbacks": [watcher], "peft_config": models.adapters(config.lora_rank)}
     with tempfile.TemporaryDirectory() as scratch:
@@ -164,18 +170,18 @@ def train(
                 models.save(model, tokenizer, start)
             if config.beta > 0:  # TRL re-loads the anchor from this path, not from the policy in memory
                 model.config._name_or_path = str(start)
-            reward = {"grpo": verifier(style), "constant": constant_reward}.get(kind)
+            reward = constant_reward if kind == "constant" else verifier(style)
             if kind == "proxy":
                 proxy, proxy_settings, proxy_gate = train_reward_model(start, tokenizer, frame, config, seed)
                 evaluator.judge, reward = proxy.preferences, proxy.proxy_reward
-            settings = grpo_config(config, seed, scratch, longest_response(tokenizer, frame, style) + 2)
-            trainer = PrefixSharingGRPOTrainer(
-                model,
-                reward,
-                settings,
-                train_dataset=rl_dataset(tokenizer, frame, style),
-                **shared,
-            )
+            settings = grpo_config(config, seed, scratch, longest_response(tokenizer, frame, style) + 2, steps)
+            shared["train_dataset"] = rl_dataset(tokenizer, frame, style)
+            if weights:
+                shared["sft_args"] = sft_config(config, seed, scratch)
+                shared["sft_dataset"] = sft_dataset(tokenizer, frame, style)
+                trainer = JointTrainer(model, reward, settings, weights=weights, **shared)
+            else:
+                trainer = PrefixSharingGRPOTrainer(model, reward, settings, **shared)
         else:
             if kind == "format":
                 frame = frame.assign(label=np.random.default_rng(seed).permutation(np.arange(len(frame)) % 2))
@@ -198,6 +204,20 @@ def train(
         chosen |= {f"reward_model/{name}": value for name, value in proxy_settings.items()}
         gates["reward_model"] = proxy_gate
     return TrainedStage(metrics, gates, chosen, differences)
+
+
+def merge(model: PreTrainedModel, earlier: PreTrainedModel, share: float, evaluator: Evaluator) -> TrainedStage:
+    """Turn the weights of `model` into `share` × themselves + (1 − `share`) × those of `earlier`; nothing is trained.
+
+    The metrics are of `model` before (step 0) and after (step 1).
+    """
+    rows = [{"step": 0, **evaluator.evaluate(model, remember="start")}]
+    with torch.no_grad():
+        for weight, other in zip(model.parameters(), earlier.parameters(), strict=True):
+            weight.copy_(torch.lerp(other, weight, share))
+    rows.append({"step": 1, **evaluator.evaluate(model)})
+    metrics = pd.DataFrame(rows)
+    return TrainedStage(metrics, health_gates(metrics, []), {}, {})
 
 
 def weights_needed(kind: str, config: RunConfig) -> int:
@@ -239,11 +259,12 @@ def health_gates(metrics: pd.DataFrame, logs: list[dict[str, float]]) -> dict[st
         if format_rate > 0.05
         else f"{format_rate:.3f} of responses can be parsed, see format_steps",
     }
-    if any("frac_reward_zero_std" in entry for entry in logs):
-        first = logs[: max(5, len(logs) // 20)]  # a step of the smoke preset has two groups only
-        zero_variance = np.mean([entry["frac_reward_zero_std"] for entry in first if "loss" in entry])
-        clipped = max(entry.get("clip_ratio/region_mean", 0.0) for entry in logs)
-        unfinished = np.mean([entry["completions/clipped_ratio"] for entry in logs if "loss" in entry])
+    sampled = [entry for entry in logs if "frac_reward_zero_std" in entry and "loss" in entry]
+    if sampled:
+        first = sampled[: max(5, len(sampled) // 20)]  # a step of the smoke preset has two groups only
+        zero_variance = np.mean([entry["frac_reward_zero_std"] for entry in first])
+        clipped = max(entry.get("clip_ratio/region_mean", 0.0) for entry in sampled)
+        unfinished = np.mean([entry["completions/clipped_ratio"] for entry in sampled])
         gates["reward_variance"] = (
             "ok" if zero_variance < 0.95 else f"{zero_variance:.2f} of groups have equal rewards from the start"
         )

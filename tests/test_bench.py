@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 import bench  # noqa: E402
 
-from sftrl_utils import claims, figures, records  # noqa: E402
+from sftrl_utils import costs, figures, records  # noqa: E402
 
 FIELDS = {"case", "device", "ours_s", "trl_tuned_s", "trl_default_s", "ratio", "ratio_min", "ratio_max", "floor_ratio"}
 FIELDS |= {"peak_rss_ours_mb", "peak_rss_plain_mb"}
@@ -34,9 +34,9 @@ def test_an_unknown_family_is_one_line():
 
 
 def test_the_published_benchmark_has_every_field_and_feeds_the_page_on_costs():
-    table = claims.benchmark()
+    table = costs.benchmark()
     assert table.index.is_unique and {*table.columns, *table.index.names} >= FIELDS
-    seconds = claims.step_seconds(table)
+    seconds = costs.step_seconds(table)
     assert {"tiny", "smollm2"} <= set(seconds["model"]) and seconds["seconds"].gt(0).all()
     device = seconds["device"].iloc[0]
     figure = figures.step_costs(seconds[seconds["device"] == device], "tiny")

@@ -23,6 +23,8 @@ LEAVES = {
     "03_grpo": {"grpo"},
     "04_sft_then_rl": {"sft", "sft_then_rl", "sft_then_sft", "sft_then_constant_rl"},
     "05_rl_then_sft": {"grpo", "rl_then_sft", "rl_then_rl", "constant_rl"},
+    "06_joint": {"joint", "interleaved", "sft", "sft_then_rl", "sft_then_rl_merged"},
+    "07_analysis": set(),
     "08_costs": set(),
     "09_pretrained": set(),
     "10_sweeps": set(),
@@ -59,7 +61,8 @@ def test_a_notebook_runs_from_any_folder_and_leaves_its_stages(notebook, name, e
         assert row["beta"] == (0.0 if row["pipeline"] in {"sft", "sft_then_sft"} else parameters.get("beta", 0.0))
         assert row["response_style"] == parameters.get("response_style", "label")
         metrics = records.read_metrics(store / row["stage"])
-        last = 5 if "constant" in row["pipeline"] else 10
+        last = {"interleaved": 20, "sft_then_rl_merged": 1}.get(row["pipeline"], 10)
+        last = 5 if "constant" in row["pipeline"] else last
         assert metrics["step"].iloc[-1] == last and metrics["sft_loss_dev"].notna().all()
         assert (store / row["stage"] / "model" / "model.safetensors").is_file()
     cells = code_cells(output)

@@ -26,6 +26,7 @@ def test_a_stage_leaves_a_model_a_table_and_a_record(sft_then_rl, small_config):
             "model",
             "metrics.parquet",
             "report.parquet",
+            "answers.parquet",
             "base.npz",
             "record.json",
             "SHA256SUMS",

@@ -37,9 +37,9 @@ def run(python, *arguments, cwd):
 def test_it_is_imported_from_the_wheel_and_carries_its_data(installed, tmp_path):
     script = """
 import json, sftrl_utils
-from sftrl_utils import claims, config, records, sources
+from sftrl_utils import config, effects, records, sources
 print(json.dumps([sftrl_utils.__file__, str(sources.base_dir()), list(config.PRESETS),
-                  len(records.finished_stages(claims.published_results()))]))
+                  len(records.finished_stages(effects.published_results()))]))
 """
     result = run(installed, "-c", script, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -2,7 +2,8 @@
 
 When Sphinx reads `notebooks/X.ipynb` its text is replaced by the copy that `sftrl book` executed, found
 in the folder named by the environment variable SFTRL_EXECUTED; another folder means that every page is
-read again. A missing, outdated or failed copy ends the build.
+read again. A missing, outdated or failed copy ends the build. The ledger's page ends with the verdicts that the
+published results give.
 """
 
 import os
@@ -13,8 +14,9 @@ import nbformat
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
-from sftrl_utils import publishing
+from sftrl_utils import claims, publishing
 
+LEDGER = "book/ledger"
 GLUED_FROM = re.compile(r"notebooks/(\w+\.ipynb)")
 
 
@@ -26,6 +28,8 @@ def stage(app: Sphinx, docname: str, content: list[str]) -> None:
     if source.suffix != ".ipynb":
         for name in set(GLUED_FROM.findall(content[0])):
             app.env.note_dependency(str(folder / name))
+        if docname == LEDGER:
+            content[0] += "\n" + ledger(app, root)
         return
     copy = folder / source.name
     if not copy.is_file():
@@ -39,6 +43,15 @@ def stage(app: Sphinx, docname: str, content: list[str]) -> None:
         raise ExtensionError(f"{docname}: {error}: run `sftrl book`") from error
     app.env.note_dependency(str(copy))
     content[0] = nbformat.writes(page)
+
+
+def ledger(app: Sphinx, root: Path) -> str:
+    """The ledger's table and entries, as the published results have it now."""
+    results = root / "data" / "results"
+    for path in [root / "book" / "claims.yml", *filter(Path.is_file, results.rglob("*"))]:
+        app.env.note_dependency(str(path))
+    entries = claims.read_ledger(root / "book" / "claims.yml")
+    return claims.page(entries, [claims.judge(claim, results) for claim in entries])
 
 
 def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:

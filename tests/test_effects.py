@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftrl_utils import claims, corpora, figures, records, sources, stages
+from sftrl_utils import corpora, effects, figures, records, sources, stages
 from sftrl_utils.config import RunConfig
 
 CHANGES = st.lists(st.integers(-1000, 1000).map(lambda n: n / 100), min_size=3, max_size=8)
@@ -25,7 +25,7 @@ def three_seeds(small_config):
 
 @given(CHANGES)
 def test_the_interval_lies_within_the_data_and_around_the_mean(values):
-    mean, low, high = claims.mean_change(values)
+    mean, low, high = effects.mean_change(values)
     assert mean == pytest.approx(np.mean(values))
     slack = 1e-9 * max(1, np.abs(values).max())
     assert min(values) - slack <= low <= high <= max(values) + slack
@@ -36,24 +36,24 @@ def test_the_interval_covers_a_known_mean_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     hits = 0
     for sample in rng.normal(1.0, 2.0, size=(200, 20)):
-        _, low, high = claims.mean_change(sample)
+        _, low, high = effects.mean_change(sample)
         hits += low <= 1.0 <= high
     assert 170 <= hits <= 199
 
 
 def test_shifting_the_data_shifts_the_interval():
     values = np.array([0.1, 0.5, 0.2, 0.9, 0.4])
-    shifted = np.subtract(claims.mean_change(values + 3), claims.mean_change(values))
+    shifted = np.subtract(effects.mean_change(values + 3), effects.mean_change(values))
     assert shifted == pytest.approx([3, 3, 3])
 
 
 def test_one_seed_has_no_interval():
     with pytest.raises(ValueError, match="at least 2 values, got 1"):
-        claims.mean_change([0.3])
+        effects.mean_change([0.3])
 
 
 def test_the_seed_table_holds_start_end_and_change(three_seeds):
-    table = claims.seed_table(three_seeds, "sft_then_rl", ["sft_loss_dev", "mcc_dev"], "smoke")
+    table = effects.seed_table(three_seeds, "sft_then_rl", ["sft_loss_dev", "mcc_dev"], "smoke")
     assert list(table.index) == ["0", "1", "2", "mean"]
     runs = records.runs_table(three_seeds)
     for seed in range(3):
@@ -64,9 +64,9 @@ def test_the_seed_table_holds_start_end_and_change(three_seeds):
 
 
 def test_change_intervals_hold_the_paired_difference_to_the_control(three_seeds):
-    table = claims.change_intervals(three_seeds, "sft_then_rl", "sft_then_sft", ["sft_loss_dev"], "smoke")
+    table = effects.change_intervals(three_seeds, "sft_then_rl", "sft_then_sft", ["sft_loss_dev"], "smoke")
     changes = [
-        claims.seed_table(three_seeds, name, ["sft_loss_dev"], "smoke")[("sft_loss_dev", "change")].drop("mean")
+        effects.seed_table(three_seeds, name, ["sft_loss_dev"], "smoke")[("sft_loss_dev", "change")].drop("mean")
         for name in ("sft_then_rl", "sft_then_sft")
     ]
     first, difference = (table.loc[(name, "sft_loss_dev")] for name in ("sft_then_rl", "difference"))
@@ -78,14 +78,14 @@ def test_change_intervals_hold_the_paired_difference_to_the_control(three_seeds)
 
 def test_a_second_stage_for_one_seed_or_none_is_refused(three_seeds, tmp_path):
     with pytest.raises(LookupError, match="no valid stage with pipeline='sft_then_rl'"):
-        claims.seed_table(tmp_path, "sft_then_rl", ["sft_loss_dev"], "smoke")
+        effects.seed_table(tmp_path, "sft_then_rl", ["sft_loss_dev"], "smoke")
     records.publish(three_seeds, tmp_path)
     first = next(path for path in records.finished_stages(tmp_path) if path.name.startswith("sft"))
     shutil.copytree(first, tmp_path / "sft-copy")
     record = json.loads((first / "record.json").read_text()) | {"stage": "sft-copy"}
     (tmp_path / "sft-copy" / "record.json").write_text(json.dumps(record))
     with pytest.raises(LookupError, match="several stages"):
-        claims.seed_table(tmp_path, records.read_record(first).pipeline, ["sft_loss_dev"], "smoke")
+        effects.seed_table(tmp_path, records.read_record(first).pipeline, ["sft_loss_dev"], "smoke")
 
 
 def test_an_invalid_stage_counts_for_nothing(three_seeds, tmp_path):
@@ -95,11 +95,11 @@ def test_an_invalid_stage_counts_for_nothing(three_seeds, tmp_path):
         if record["seed"] == 1:
             record["gates"]["finite_loss"] = "loss is not finite from step 3"
             (path / "record.json").write_text(json.dumps(record))
-    assert list(claims.seed_table(tmp_path, "sft_then_rl", ["sft_loss_dev"], "smoke").index) == ["0", "2", "mean"]
+    assert list(effects.seed_table(tmp_path, "sft_then_rl", ["sft_loss_dev"], "smoke").index) == ["0", "2", "mean"]
 
 
 def test_the_published_runs_cover_both_claims_and_rest_on_what_ships():
-    published = claims.published_results()
+    published = effects.published_results()
     runs = records.runs_table(published)
     for pipeline in ("sft_then_rl", "rl_then_sft", "sft_then_sft", "rl_then_rl"):
         chosen = runs[(runs["pipeline"] == pipeline) & (runs["preset"] == "tiny") & (runs["beta"] == 0)]
@@ -118,7 +118,7 @@ def test_the_proxy_table_holds_changes_of_both_rewards(small_config, tmp_path):
     for share in (0.0, 0.5):
         for seed in (0, 1):
             stages.train_pipeline(config.model_copy(update={"seed": seed, "proxy_flipped": share}), "proxy_rl")
-    table = claims.proxy_table(tmp_path, "smoke")
+    table = effects.proxy_table(tmp_path, "smoke")
     assert list(table.index) == [0.0, 0.5] and (table["seeds"] == 2).all()
     runs = records.metrics_table(tmp_path, proxy_flipped=0.5)
     change = runs.groupby("seed")["mean_reward_dev"].agg(lambda part: part.iloc[-1] - part.iloc[0])
@@ -132,7 +132,7 @@ def test_the_proxy_table_holds_changes_of_both_rewards(small_config, tmp_path):
 
 
 def test_the_judgement_follows_each_seed_from_the_base_to_the_end(three_seeds):
-    table = claims.judged(three_seeds, "sft_then_rl", "smoke")
+    table = effects.judged(three_seeds, "sft_then_rl", "smoke")
     assert list(table.columns) == ["base", "after stage 1", "after stage 2"]
     ends = records.second_stage(three_seeds, "sft_then_rl", "smoke").groupby("seed")["mean_reward_dev"]
     assert table.loc["mean_reward", "after stage 2"] == pytest.approx(ends.last().mean(), abs=1e-6)
