@@ -19,7 +19,7 @@ from sftrl_utils.records import read_record, second_stage
 
 # Ways to reach both objectives, as published: each has seen as many batches of expert data and of samples as another.
 METHODS: dict[str, dict[str, Any]] = {
-    "SFT alone": {"store": "joint", "pipeline": "sft"},
+    "SFT alone": {"store": ".", "pipeline": "sft"},
     "RL alone": {"store": ".", "pipeline": "grpo"},
     "SFT, then RL": {"store": "joint", "pipeline": "sft_then_rl"},
     "RL, then SFT": {"store": ".", "pipeline": "rl_then_sft"},
@@ -217,12 +217,12 @@ def parts_of_the_reward(
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("seed").join(change)
 
 
-def by_phenomenon(store: Path, pipeline: str, preset: str = "tiny", beta: float = 0.0) -> pd.DataFrame:
+def by_phenomenon(store: Path, pipeline: str, preset: str = "tiny", beta: float = 0.0, **where: Any) -> pd.DataFrame:
     """Changes over the last stage, one row a split, phenomenon and seed: `sentences`, `loss` (per response), `reward`.
 
     Both are of the drawn labels.
     """
-    rows = answers(store, pipeline, preset, beta)
+    rows = answers(store, pipeline, preset, beta, **where)
     for when in ("before", "after"):
         right = np.where(rows["label"] == 1, rows[f"{when}_acceptable"], rows[f"{when}_unacceptable"])
         rows[f"{when}_loss"], rows[f"{when}_reward"] = -right, 2 * np.exp(right) - 1

@@ -142,7 +142,7 @@ def effect_parts(parts: dict[str, pd.DataFrame], columns: Sequence[str]) -> Figu
 def phenomena(table: pd.DataFrame, column: str, label: str) -> Figure:
     """Change of `column` by phenomenon and split: `analysis.by_phenomenon`; mean over seeds, 95 % interval."""
     use_style()
-    order = table[table["split"] == "train"].groupby("phenomenon", observed=True)[column].mean().sort_values().index
+    order = table.groupby("phenomenon", observed=True)[column].mean().sort_values().index
     figure, axis = plt.subplots(figsize=(7.5, 0.6 + 0.35 * len(order)))
     named = table.assign(split=table["split"].astype(str).map(SPLIT_NAMES))
     sns.pointplot(

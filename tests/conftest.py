@@ -9,10 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers share two core
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub
 
 import nbformat
+import pandas as pd
 import pytest
 
-from sftrl_utils import models, stages
-from sftrl_utils.config import RunConfig
+from sftrl_utils import models, records, stages
+from sftrl_utils.config import PRESETS, RunConfig
 
 SMALL = {"preset": "smoke", "model": "embedded", "dev_sentences": 40, "sft_steps": 10, "rl_steps": 10}
 
@@ -66,3 +67,26 @@ def papermill(notebook, folder, parameters, **options):
 
 def code_cells(path):
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def publish_stage(store, seed, kinds, values, parent="base", beta=0.0, answers=None, report=None, **settings):
+    """A published stage with metrics (a column each, a row an evaluation), answers, report and settings as given."""
+    name = f"{kinds[-1]}-{'-'.join(kinds)}-{seed}-{beta}" + "".join(f"-{value}" for value in settings.values())
+    record = records.RunRecord(
+        stage=name, kind=kinds[-1], parent=parent, kinds=kinds, preset="tiny", model="embedded", corpus="graded",
+        seed=seed, beta=beta, config={**PRESETS["tiny"], "preset": "tiny", "seed": seed, "beta": beta, **settings},
+        key={"code": "x"}, versions={}, git_commit="", device="cpu", started="", wall_s=1.0, trainer_config={},
+        trainer_differences={}, gates={},
+    )  # fmt: skip
+    folder = store / name
+    folder.mkdir(parents=True)
+    table = pd.DataFrame(values)
+    (table if "step" in table else table.rename_axis("step").reset_index()).to_parquet(folder / "metrics.parquet")
+    report = report or {("end", "mcc"): 0.0}
+    rows = [{"point": point, "metric": metric, "value": value} for (point, metric), value in report.items()]
+    pd.DataFrame(rows).to_parquet(folder / "report.parquet")
+    if answers is not None:
+        answers.to_parquet(folder / "answers.parquet")
+    (folder / "record.json").write_text(record.model_dump_json())
+    records.write_checksums(folder)
+    return name

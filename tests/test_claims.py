@@ -1,0 +1,240 @@
+"""The ledger: verdicts follow from files, and say when they do not; intervals cover what they should."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import publish_stage
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sftrl_utils import claims, cli, records
+from sftrl_utils.config import InputError
+
+ROOT = Path(__file__).parent.parent
+RUNS = {"pipeline": "sft_then_rl", "seeds": 4}
+ENTRY = {
+    "id": "loss-rises",
+    "claim": "RL raises the loss.",
+    "source": "ours",
+    "statistic": "change",
+    "metric": "sft_loss_dev",
+    "direction": "above",
+    "runs": RUNS,
+}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Four seeds in which RL raises the loss from about 0.2 to about 0.3, and SFT instead of it changes nothing."""
+    rng = np.random.default_rng(0)
+    for seed in range(4):
+        start = 0.2 + 0.01 * rng.normal()
+        first = publish_stage(tmp_path, seed, ("sft",), {"sft_loss_dev": [0.5, start]})
+        rise = 0.1 + 0.01 * rng.normal()
+        publish_stage(tmp_path, seed, ("sft", "grpo"), {"sft_loss_dev": [start, start + rise]}, first)
+        publish_stage(tmp_path, seed, ("sft", "sft"), {"sft_loss_dev": [start, start + 0.001 * rng.normal()]}, first)
+    return tmp_path
+
+
+def claim(**changes):
+    return claims.Claim.model_validate({**ENTRY, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "supported"),
+        ({"direction": "below"}, "refuted"),
+        ({"margin": 0.2}, "refuted"),
+        ({"margin": 0.1}, "inconclusive"),
+        ({"direction": "within", "margin": 0.2}, "supported"),
+        ({"direction": "within", "margin": 0.01}, "refuted"),
+        ({"runs": {**RUNS, "pipeline": "sft_then_sft"}}, "inconclusive"),
+        ({"statistic": "above base"}, "refuted"),
+        ({"statistic": "end"}, "supported"),
+        ({"statistic": "change beyond", "against": {**RUNS, "pipeline": "sft_then_sft"}}, "supported"),
+        ({"statistic": "end beyond", "against": {**RUNS, "pipeline": "sft_then_sft"}}, "supported"),
+        ({"runs": {**RUNS, "seeds": 5}}, "missing"),
+        ({"runs": {**RUNS, "pipeline": "rl_then_sft"}}, "missing"),
+        ({"runs": {**RUNS, "store": "elsewhere"}}, "missing"),
+        ({"metric": "reward"}, "missing"),
+    ],
+)
+def test_a_verdict_follows_from_the_runs(results, changes, verdict):
+    found = claims.judge(claim(**changes), results)
+    assert found.verdict == verdict and found.id == "loss-rises"
+    assert (found.seeds == 0) == (verdict == "missing") == bool(found.reason)
+
+
+def test_the_effect_is_the_mean_over_seeds(results):
+    found = claims.judge(claim(), results)
+    table = records.second_stage(results, "sft_then_rl").groupby("seed")["sft_loss_dev"]
+    assert found.effect == pytest.approx((table.last() - table.first()).mean()) and found.seeds == 4
+    assert found.low < found.effect < found.high
+
+
+@pytest.mark.parametrize("name", ["record.json", "metrics.parquet", "SHA256SUMS"])
+@pytest.mark.parametrize("kinds", ["grpo-sft-grpo", "sft-sft"])
+def test_a_file_that_is_deleted_makes_its_claims_missing_and_no_others(results, name, kinds):
+    other = claim(runs={**RUNS, "pipeline": "sft_then_sft"})
+    (results / f"{kinds}-2-0.0" / name).unlink()
+    found = claims.judge(claim(), results)
+    assert found.verdict == "missing" and ("seed 2" in found.reason or f"{kinds}-2" in found.reason)
+    assert (claims.judge(other, results).verdict == "missing") == (kinds == "sft-sft")
+
+
+def test_a_file_that_is_altered_is_named(results):
+    path = results / "grpo-sft-grpo-1-0.0" / "metrics.parquet"
+    pd.read_parquet(path).assign(sft_loss_dev=[0.3, 0.1]).to_parquet(path)
+    found = claims.judge(claim(), results)
+    assert found.verdict == "missing" and found.reason.endswith(
+        "grpo-sft-grpo-1-0.0/metrics.parquet is not what was published"
+    )
+
+
+def test_runs_that_say_otherwise_change_the_verdict(results):
+    for seed in range(4):
+        folder = results / f"grpo-sft-grpo-{seed}-0.0"
+        table = pd.read_parquet(folder / "metrics.parquet")
+        table.assign(sft_loss_dev=table["sft_loss_dev"].iloc[::-1].to_numpy()).to_parquet(folder / "metrics.parquet")
+        records.write_checksums(folder)
+    assert claims.judge(claim(), results).verdict == "refuted"
+
+
+@given(st.floats(-2, 2), st.floats(0, 1), st.floats(0.01, 1), st.sampled_from(["above", "below", "within"]))
+def test_what_an_interval_decides_every_point_of_it_decides(low, width, margin, direction):
+    interval = claims.decide(low, low + width, direction, margin)
+    parts = {claims.decide(point, point, direction, margin) for point in np.linspace(low, low + width, 50)}
+    if interval != "inconclusive":
+        assert parts == {interval}
+
+
+def simulated(monkeypatch, effect, sd, seeds, count=1000):
+    """Verdicts of `count` ledgers whose one statistic is normal over seeds."""
+    rng = np.random.default_rng(1)
+    monkeypatch.setitem(
+        claims.STATISTICS, "change", lambda *_: pd.Series(rng.normal(effect, sd, seeds), index=range(seeds))
+    )
+    return [claims.judge(claim(), Path()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_of_ledgers_without_an_effect_few_call_it_supported(monkeypatch, seeds):
+    verdicts = [verdict.verdict for verdict in simulated(monkeypatch, 0.0, 1.0, seeds)]
+    assert verdicts.count("supported") <= 70 and verdicts.count("refuted") <= 70
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_the_interval_covers_a_known_effect(monkeypatch, seeds):
+    covered = [verdict.low <= 0.3 <= verdict.high for verdict in simulated(monkeypatch, 0.3, 0.2, seeds)]
+    assert sum(covered) >= 930
+
+
+def test_a_ledger_of_the_control_s_skewed_data_still_covers(monkeypatch):
+    rng = np.random.default_rng(2)
+    monkeypatch.setitem(claims.STATISTICS, "change", lambda *_: pd.Series(rng.lognormal(0, 0.3, 10)))
+    verdicts = [claims.judge(claim(), Path()) for _ in range(1000)]
+    assert sum(verdict.low <= np.exp(0.045) <= verdict.high for verdict in verdicts) >= 930
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"direction": "up"}, "direction='up': input should be 'above', 'below' or 'within'"),
+        ({"statistic": "mode"}, "statistic='mode' does not exist: choose one of change"),
+        ({"direction": "within"}, "direction='within' needs a margin above 0"),
+        ({"id": "Loss Rises"}, "id='Loss Rises'"),
+        ({"note": "x"}, "note='x': extra inputs are not permitted"),
+    ],
+)
+def test_an_entry_that_is_wrong_is_one_line(tmp_path, changes, message):
+    path = tmp_path / "claims.yml"
+    path.write_text(yaml.safe_dump({"claims": [{**ENTRY, **changes}]}))
+    with pytest.raises(InputError) as error:
+        claims.read_ledger(path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_id_is_there_once(tmp_path):
+    path = tmp_path / "claims.yml"
+    path.write_text(yaml.safe_dump({"claims": [ENTRY, ENTRY]}))
+    with pytest.raises(InputError, match="id 'loss-rises' is there twice"):
+        claims.read_ledger(path)
+
+
+@pytest.fixture
+def checkout(results, tmp_path_factory):
+    """A checkout with one claim and one page."""
+    root = tmp_path_factory.mktemp("checkout")
+    (root / "book").mkdir()
+    (root / "notebooks").mkdir()
+    (root / "book" / "claims.yml").write_text(yaml.safe_dump({"figures": ["0.385"], "claims": [ENTRY]}))
+    shutil.copytree(results, root / "data" / "results")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("It does: [supported](ledger.md#claim-loss-rises), and falls from 0.385.", ""),
+        (
+            "It does: [refuted](#claim-loss-rises).",
+            "book/page.md: says that loss-rises is refuted, the data say supported",
+        ),
+        (
+            "[supported](#claim-loss)",
+            "book/page.md: says that loss is supported, the data say that there is no such claim",
+        ),
+        ("The loss is 0.208 then.", "book/page.md: 0.208 is typed by hand, glue it from the run that gave it"),
+        ("{glue:text}`a:.3f`, `0.208`, $0.208$, version 0.20.8 and\n```\n0.208\n```", ""),
+    ],
+)
+def test_a_page_that_misquotes_the_data_fails(checkout, monkeypatch, capsys, text, complaint):
+    (checkout / "book" / "page.md").write_text(text)
+    monkeypatch.chdir(checkout)
+    assert cli.main(["claims"]) == (1 if complaint else 0)
+    out, err = capsys.readouterr()
+    assert err == (f"sftrl: {complaint}\n" if complaint else "")
+    assert out.startswith("supported") and "1 supported, 0 refuted, 0 inconclusive, 0 missing" in out
+
+
+def test_the_ledger_as_json_and_as_a_page(checkout, monkeypatch, capsys):
+    monkeypatch.chdir(checkout)
+    assert cli.main(["claims", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert set(row) == {"id", "verdict", "effect", "low", "high", "seeds", "reason"} and row["verdict"] == "supported"
+    ledger = claims.read_ledger(checkout / "book" / "claims.yml")
+    page = claims.page(ledger, [claims.judge(entry, checkout / "data" / "results") for entry in ledger])
+    assert "(claim-loss-rises)=\n### RL raises the loss." in page and "[RL raises the loss.](#claim-loss-rises)" in page
+    assert "**Supported**: +0." in page and "seeds 0 to 3" in page
+
+
+def test_outside_a_checkout_it_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["claims"]) == 2
+    assert "cannot be read as a ledger" in capsys.readouterr().err
+
+
+def test_the_book_s_own_ledger_has_the_paper_s_claims_in_each_setting_and_data_for_most():
+    ledger = claims.read_ledger(ROOT / "book" / "claims.yml")
+    assert len(ledger) >= 14
+    for first, statistic in (("rl-raises-sft-loss", "sft_loss"), ("sft-lowers-reward", "mean_reward")):
+        settings = {
+            (entry.metric, entry.runs.beta > 0, entry.runs.preset)
+            for entry in ledger
+            if entry.id.startswith(first) and entry.statistic == "change"
+        }
+        splits = [f"{statistic}_train", f"{statistic}_heldout"]
+        wanted = {(split, held, preset) for split in splits for held in (False, True) for preset in ("tiny", "smollm2")}
+        assert wanted <= settings
+    verdicts = [claims.judge(entry, ROOT / "data" / "results") for entry in ledger]
+    missing = {verdict.id for verdict in verdicts if verdict.verdict == "missing"}
+    assert missing == {"sft-lowers-reward-train-smollm2-anchored", "sft-lowers-reward-heldout-smollm2-anchored"}
+    texts = claims.pages(ROOT)
+    assert claims.misquoted(texts, verdicts) == []
+    assert claims.typed_metrics(texts, claims.quotable_figures(ROOT / "book" / "claims.yml")) == []
