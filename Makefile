@@ -8,7 +8,7 @@ NBSTRIPOUT := $(BIN)/nbstripout --keep-id --extra-keys \
 	"metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.widgets"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test slow mutants bench lint format lock base results clean
+.PHONY: help setup book test slow mutants bench lint format lock base results claims clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -68,13 +68,11 @@ lock: setup  ## write requirements.lock again from pyproject.toml (UPGRADE=--upg
 base: setup  ## pre-train the embedded base model again into data/base (a quarter of an hour)
 	$(BIN)/sftrl base --to data/base
 
-results: setup  ## run the published experiments again, tables into data/results (an hour)
-	@set -e; for seed in 0 1 2 3 4; do for pipeline in sft_then_rl rl_then_sft sft_then_sft rl_then_rl; do \
-		$(BIN)/sftrl run $$pipeline -p preset tiny -p seed $$seed -p out_dir runs/published; done; done
-	@set -e; for seed in 0 1 2 3 4; do for share in 0 0.2 0.4; do \
-		$(BIN)/sftrl run proxy_rl -p seed $$seed -p proxy_flipped $$share -p out_dir runs/published-proxy; done; done
-	$(BIN)/sftrl publish --dir runs/published --to data/results
-	$(BIN)/sftrl publish --dir runs/published-proxy --to data/results/proxy
+results: setup  ## run the published experiments again, tables into data/results (hours)
+	@sh data/results.sh
+
+claims: setup  ## compute the verdict of every claim, and check that the pages quote no other
+	@$(BIN)/sftrl claims
 
 clean:  ## remove what was built; .venv and the trained stages in runs/ stay
 	rm -rf _build .coverage* .pytest_cache .ruff_cache

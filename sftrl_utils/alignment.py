@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -107,12 +108,15 @@ def measure(stage_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(cosines).assign(stage=stage_dir.name), pd.concat(spectra).assign(stage=stage_dir.name)
 
 
-def measure_store(store: Path, folder: Path) -> int:
-    """Measure every finished stage of `store` that has its weights; write both tables to `folder`. Returns how many.
+def measure_store(store: Path, folder: Path, names: Collection[str] | None = None) -> int:
+    """Measure finished stages of `store` that have their weights; write both tables to `folder`. Returns how many.
+
+    All of them, or those of `names`.
 
     Raises `InputError` if there is none.
     """
     found = [path for path in records.finished_stages(store) if (path / "model").is_dir()]
+    found = [path for path in found if names is None or path.name in names]
     if not found:
         raise InputError(f"{store} holds no stage with its weights: name the store that was trained into")
     cosines, spectra = zip(*(measure(path) for path in tqdm(found, unit="stage")), strict=True)

@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     gradients = commands.add_parser("gradients", help="cosines of the two objectives' gradients, for trained stages")
     gradients.add_argument("--dir", type=Path, default=Path("runs"), help="a store with weights (default: runs)")
     gradients.add_argument("--to", type=Path, required=True, help="the folder to write to, e.g. data/results/gradients")
+    gradients.add_argument("--sweep", type=Path, metavar="FILE", help="only the stages of this sweep")
     gradients.set_defaults(command=_gradients)
 
     push = commands.add_parser("push", help="upload a stage to the Hugging Face hub, with a card from its record")
@@ -220,11 +221,7 @@ def _publish(options: argparse.Namespace) -> int:
 
     if not options.dir.is_dir():
         raise InputError(f"--dir={str(options.dir)!r} is not a folder: name a store such as runs")
-    names = None
-    if options.sweep:
-        from sftrl_utils import sweeps
-
-        names = sweeps.plan(options.sweep, options.dir).stages
+    names = _stages_of(options)
     try:
         copied = records.publish(options.dir, options.to, names)
     except ValueError as error:
@@ -234,6 +231,15 @@ def _publish(options: argparse.Namespace) -> int:
         if not record.valid:  # claims and figures leave it out; whoever reads the tables should know why
             print(f"{record.stage} is INVALID: {record.failed_gates}", file=sys.stderr)
     return 0
+
+
+def _stages_of(options: argparse.Namespace) -> set[str] | None:
+    """Names of the stages of `--sweep`; None, for all, without it."""
+    if not options.sweep:
+        return None
+    from sftrl_utils import sweeps
+
+    return sweeps.plan(options.sweep, options.dir).stages
 
 
 def _claims(options: argparse.Namespace) -> int:
@@ -260,7 +266,8 @@ def _claims(options: argparse.Namespace) -> int:
 def _gradients(options: argparse.Namespace) -> int:
     from sftrl_utils import alignment
 
-    print(f"{alignment.measure_store(options.dir, options.to)} stages measured into {options.to}")
+    count = alignment.measure_store(options.dir, options.to, _stages_of(options))
+    print(f"{count} stages measured into {options.to}")
     return 0
 
 
