@@ -118,7 +118,7 @@ class RunConfig(BaseModel):
     stage ends.
     `proxy_flipped` is the share of preference pairs whose order is reversed before a reward model
     learns from them.
-    `sft_weight`, `cycles` and `interpolation` are of the stages `joint` (the λ beside the GRPO loss), `interleaved`
+    `sft_weight`, `cycles` and `interpolation` are of the stages `joint` (the μ beside the GRPO loss), `interleaved`
     (how often SFT and GRPO take turns) and `merged` (the share of the later model in the mean of weights).
     """
 

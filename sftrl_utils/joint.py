@@ -16,8 +16,9 @@ from sftrl_utils.prefix_sharing import PrefixSharingGRPOTrainer, PrefixSharingSF
 def step_weights(kind: str, config: RunConfig) -> list[tuple[float, float]]:
     """Weights (of the GRPO loss, of the SFT loss) in each update of a stage of `kind`.
 
-    `joint`: `rl_steps` updates, each of the sum J + λ L, λ = `sft_weight`. `interleaved`: `cycles` times
-    `sft_steps / cycles` updates of SFT, then `rl_steps / cycles` of GRPO. Either way GRPO has `rl_steps` batches.
+    `joint`: `rl_steps` updates, each of the GRPO loss + μ L_SFT, μ = `sft_weight`: Eq. (joint-objective).
+    `interleaved`: `cycles` times `sft_steps / cycles` updates of SFT, then `rl_steps / cycles` of GRPO. Either way GRPO
+    has `rl_steps` batches.
     Raises `InputError` if the steps do not divide into the cycles.
     """
     if kind == "joint":
