@@ -123,6 +123,7 @@ def measure_store(store: Path, folder: Path, names: Collection[str] | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     for name, parts in (("cosines", cosines), ("spectra", spectra)):
         pd.concat(parts, ignore_index=True).to_parquet(folder / f"{name}.parquet", index=False, compression="zstd")
+    records.write_checksums(folder)
     return len(found)
 
 

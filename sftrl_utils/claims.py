@@ -217,9 +217,11 @@ def _stopping_octaves(claim: Claim, results: Path) -> pd.Series:
 
 def _gradient_cosine(claim: Claim, results: Path) -> pd.Series:
     """Cosine of −∇L and ∇R at the end of the last stage, all weights, expectations over q."""
-    _table(claim.runs, results)
     stages = _table(claim.runs, results).groupby("stage")["seed"].first()
-    cosines = pd.read_parquet(results / "gradients" / "cosines.parquet")
+    folder = results / "gradients"
+    if file := damaged_file(folder, needed=["cosines.parquet"]):
+        raise LookupError(f"{folder / file} is not what was published")
+    cosines = pd.read_parquet(folder / "cosines.parquet")
     chosen = cosines[(cosines["layer"] == "all") & (cosines["labels"] == "population")].set_index("stage")["cosine"]
     return chosen.loc[stages.index].set_axis(stages)
 

@@ -153,17 +153,21 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def damaged_file(folder: Path, weights: bool = True) -> str:
-    """Name of a file in the stage's `folder` that is missing or not what `write_checksums` saw; "" if there is none.
+def damaged_file(
+    folder: Path,
+    weights: bool = True,
+    needed: Collection[str] = ("metrics.parquet", "report.parquet", "record.json"),
+) -> str:
+    """Name of a file in `folder`, a stage's, that is missing or not what `write_checksums` saw; "" if there is none.
 
-    Without `weights` only the small files are looked at.
+    The list must hold all that are `needed`. Without `weights` only the small files are looked at.
     """
     try:
         lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return CHECKSUMS
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if not {"metrics.parquet", "report.parquet", "record.json"} <= set(listed):
+    if not set(needed) <= set(listed):
         return CHECKSUMS
     for name, digest in listed.items():
         try:

@@ -36,8 +36,24 @@ def test_one_line_a_stage(published):
 
 def test_publishing_copies_records_and_metrics_but_no_weights(published):
     names = {path.name for path in published.rglob("*") if path.is_file()}
-    assert names == {"metrics.parquet", "report.parquet", "record.json", "SHA256SUMS"}
+    assert names == {"metrics.parquet", "report.parquet", "answers.parquet", "record.json", "SHA256SUMS"}
     assert all(records.damaged_file(stage) == "" for stage in records.finished_stages(published))
+
+
+def test_published_metrics_are_the_same_numbers_in_less_room(published, sft_then_rl):
+    for stage in sft_then_rl:
+        copy = published / stage.path.name
+        pd.testing.assert_frame_equal(records.read_metrics(copy), stage.metrics, check_exact=True)
+        assert (copy / "metrics.parquet").stat().st_size < (stage.path / "metrics.parquet").stat().st_size / 2
+
+
+def test_publishing_some_stages_copies_those_and_asks_for_all_of_them(sft_then_rl, tmp_path):
+    store, names = sft_then_rl[0].path.parent, {stage.path.name for stage in sft_then_rl}
+    assert {record.stage for record in records.publish(store, tmp_path / "to", names)} == names
+    assert {path.name for path in records.finished_stages(tmp_path / "to")} == names
+    with pytest.raises(ValueError, match="holds 2 of 3 stages: run the sweep to its end first"):
+        records.publish(store, tmp_path / "other", names | {"sft-absent"})
+    assert not (tmp_path / "other").exists()
 
 
 def test_publishing_a_stage_without_its_report_touches_nothing(published, tmp_path_factory):
