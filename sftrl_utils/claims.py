@@ -176,16 +176,16 @@ def _end(claim: Claim, results: Path) -> pd.Series:
     return _ends(claim.runs, claim.metric, results)[1]
 
 
-def _confidence_share(claim: Claim, results: Path) -> pd.Series:
-    """Share of the rise of the loss over the two answers that one temperature takes back."""
+def _confidence_beyond_judgement(claim: Claim, results: Path) -> pd.Series:
+    """Part of the change of the loss over the two answers that one temperature takes back, minus the part that is left."""
     parts = analysis.parts_of_the_loss(*_place(claim, results), **claim.runs.settings)
-    return parts["confidence"] / parts["total"]
+    return parts["confidence"] - parts["judgement"]
 
 
-def _answers_share(claim: Claim, results: Path) -> pd.Series:
-    """Share of the change of the reward that changed answers make, not changed confidence."""
+def _answers_beyond_confidence(claim: Claim, results: Path) -> pd.Series:
+    """Part of the change of the mean reward that changed answers make, minus the part that changed confidence makes."""
     parts = analysis.parts_of_the_reward(*_place(claim, results), **claim.runs.settings)
-    return parts["answers"] / parts["total"]
+    return parts["answers"] - parts["confidence"]
 
 
 def _fixed_point_error(claim: Claim, results: Path) -> pd.Series:
@@ -257,8 +257,8 @@ STATISTICS: dict[str, Callable[[Claim, Path], pd.Series]] = {
     "end": _end,
     "end beyond": _end_beyond,
     "above base": _above_base,
-    "confidence share": _confidence_share,
-    "answers share": _answers_share,
+    "confidence beyond judgement": _confidence_beyond_judgement,
+    "answers beyond confidence": _answers_beyond_confidence,
     "fixed-point error": _fixed_point_error,
     "Gibbs share": _gibbs_share,
     "threshold agreement": _threshold_agreement,
@@ -313,8 +313,11 @@ def typed_metrics(texts: dict[str, str], allowed: set[str]) -> list[str]:
 
 
 def table(claims: list[Claim], verdicts: list[Verdict]) -> pd.DataFrame:
-    """One row a claim: its sentence, verdict, effect with its 95 % interval, number of seeds, and why it is missing."""
-    rows = [{"claim": claim.claim, **asdict(verdict)} for claim, verdict in zip(claims, verdicts, strict=True)]
+    """One row a claim: its sentence, unit, verdict, effect, 95 % interval, number of seeds, and why it is missing."""
+    rows = [
+        {"claim": claim.claim, "unit": claim.unit, **asdict(verdict)}
+        for claim, verdict in zip(claims, verdicts, strict=True)
+    ]
     return pd.DataFrame(rows).set_index("id")
 
 
