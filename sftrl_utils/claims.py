@@ -138,7 +138,7 @@ def _table(runs: Runs, results: Path) -> pd.DataFrame:
     for stage in table["stage"].unique():
         while stage != "base" and (store / stage).is_dir():
             if file := damaged_file(store / stage, weights=False):
-                raise LookupError(f"{store / stage / file} is not what was published")
+                raise LookupError(f"{store / stage / file} is missing, or not what was published")
             stage = read_record(store / stage).parent
     return table
 
@@ -177,7 +177,7 @@ def _end(claim: Claim, results: Path) -> pd.Series:
 
 
 def _confidence_beyond_judgement(claim: Claim, results: Path) -> pd.Series:
-    """Part of the change of the loss over the two answers that one temperature takes back, minus the part that is left."""
+    """Part of the change of the loss over both answers that one temperature takes back, minus the part that is left."""
     parts = analysis.parts_of_the_loss(*_place(claim, results), **claim.runs.settings)
     return parts["confidence"] - parts["judgement"]
 
@@ -220,7 +220,7 @@ def _gradient_cosine(claim: Claim, results: Path) -> pd.Series:
     stages = _table(claim.runs, results).groupby("stage")["seed"].first()
     folder = results / "gradients"
     if file := damaged_file(folder, needed=["cosines.parquet"]):
-        raise LookupError(f"{folder / file} is not what was published")
+        raise LookupError(f"{folder / file} is missing, or not what was published")
     cosines = pd.read_parquet(folder / "cosines.parquet")
     chosen = cosines[(cosines["layer"] == "all") & (cosines["labels"] == "population")].set_index("stage")["cosine"]
     return chosen.loc[stages.index].set_axis(stages)

@@ -93,7 +93,7 @@ def test_a_file_that_is_altered_is_named(results):
     pd.read_parquet(path).assign(sft_loss_dev=[0.3, 0.1]).to_parquet(path)
     found = claims.judge(claim(), results)
     assert found.verdict == "missing" and found.reason.endswith(
-        "grpo-sft-grpo-1-0.0/metrics.parquet is not what was published"
+        "grpo-sft-grpo-1-0.0/metrics.parquet is missing, or not what was published"
     )
 
 
