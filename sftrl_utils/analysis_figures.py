@@ -134,7 +134,7 @@ def effect_parts(parts: dict[str, pd.DataFrame], columns: Sequence[str]) -> Figu
         )
     axis.axvline(0, color="0.3", linewidth=1)
     axis.set(yticks=range(len(parts)), yticklabels=list(parts), ylim=(len(parts) - 0.5, -0.5))
-    axis.legend(title=None, fontsize="small")
+    axis.legend(title=None, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     plt.close(figure)
     return figure
 
@@ -159,7 +159,7 @@ def phenomena(table: pd.DataFrame, column: str, label: str) -> Figure:
 def verdicts(table: pd.DataFrame) -> Figure:
     """Effects of the claims in the ledger, `claims.table`, with their 95 % intervals; the mark says the verdict.
 
-    Left: claims in nats per token. Right: all others, on the scale of their own statistic.
+    Left: claims in nats. Right: all others, on the scale of their own statistic.
     """
     use_style()
     found = table[table["verdict"] != "missing"]
@@ -167,17 +167,18 @@ def verdicts(table: pd.DataFrame) -> Figure:
     looks = {"supported": ("o", 0), "refuted": ("X", 3), "inconclusive": ("D", 7)}
     colors = sns.color_palette("colorblind")
     figure, axes = plt.subplots(1, 2, figsize=(13.0, 0.9 + 0.27 * max(nats.sum(), (~nats).sum())))
-    for axis, rows, label in zip(axes, (found[nats], found[~nats]), ("nats per token", "own unit"), strict=True):
+    for axis, rows, label in zip(axes, (found[nats], found[~nats]), ("nats", "unit of the statistic"), strict=True):
         for place, row in enumerate(rows.itertuples()):
             marker, color = looks[row.verdict]
             axis.plot([row.low, row.high], [place, place], color=colors[color], linewidth=2)
             axis.plot(row.effect, place, marker, color=colors[color], markersize=7)
         axis.axvline(0, color="0.3", linewidth=1)
         axis.set_xscale("symlog", linthresh=0.05)
+        axis.set_xticks([-1, -0.1, 0, 0.1, 1], ["−1", "−0.1", "0", "0.1", "1"])
         axis.set(yticks=range(len(rows)), yticklabels=rows.index, ylim=(len(rows) - 0.5, -0.5), xlabel=label)
         axis.tick_params(axis="y", labelsize=8)
     for verdict, (marker, color) in looks.items():
         axes[1].plot([], [], marker, color=colors[color], label=verdict)
-    axes[1].legend(title=None, fontsize="small", loc="lower right")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=len(looks), fontsize="small")
     plt.close(figure)
     return figure

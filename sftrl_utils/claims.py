@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sftrl_utils import analysis, records
-from sftrl_utils.config import InputError, one_line
+from sftrl_utils.config import InputError, data_dir, one_line
 from sftrl_utils.effects import mean_change
 from sftrl_utils.records import damaged_file, read_record, second_stage
 
@@ -76,6 +76,12 @@ class Verdict:
     high: float | None = None
     seeds: int = 0
     reason: str = ""
+
+
+def ledger_file() -> Path:
+    """`book/claims.yml` of the checkout, or its copy in a wheel."""
+    installed = data_dir() / "claims.yml"
+    return installed if installed.is_file() else data_dir().parent / "book" / "claims.yml"
 
 
 def read_ledger(path: Path) -> list[Claim]:
@@ -324,7 +330,7 @@ def table(claims: list[Claim], verdicts: list[Verdict]) -> pd.DataFrame:
 def text(claims: list[Claim], verdicts: list[Verdict]) -> str:
     """The ledger for a terminal: one line a claim, and why what is missing is missing."""
     lines = [
-        f"{verdict.verdict:12}  {_effect(claim, verdict) or verdict.reason:44}  {verdict.id}"
+        f"{verdict.verdict:12}  {effect_text(claim, verdict) or verdict.reason:44}  {verdict.id}"
         for claim, verdict in zip(claims, verdicts, strict=True)
     ]
     counts = [f"{sum(v.verdict == name for v in verdicts)} {name}" for name in VERDICTS]
@@ -335,14 +341,19 @@ def page(claims: list[Claim], verdicts: list[Verdict]) -> str:
     """The ledger as Markdown: a table of all claims, then an entry for each, which `#claim-<id>` links to."""
     lines = ["| claim | verdict | effect, 95 % interval | seeds |", "|---|---|---|---|"]
     for claim, verdict in zip(claims, verdicts, strict=True):
-        cells = (f"[{claim.claim}](#claim-{claim.id})", verdict.verdict, _effect(claim, verdict), verdict.seeds or "")
+        cells = (
+            f"[{claim.claim}](#claim-{claim.id})",
+            verdict.verdict,
+            effect_text(claim, verdict),
+            verdict.seeds or "",
+        )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     entries = [_entry(claim, verdict) for claim, verdict in zip(claims, verdicts, strict=True)]
     return "\n".join(lines) + "\n\n" + "\n\n".join(entries) + "\n"
 
 
 def _entry(claim: Claim, verdict: Verdict) -> str:
-    effect = _effect(claim, verdict)
+    effect = effect_text(claim, verdict)
     found = f"{effect}, {verdict.seeds} seeds" if effect else verdict.reason
     conditions = {
         "above": f"above {claim.margin:g}",
@@ -360,7 +371,8 @@ def _entry(claim: Claim, verdict: Verdict) -> str:
     ])  # fmt: skip
 
 
-def _effect(claim: Claim, verdict: Verdict) -> str:
+def effect_text(claim: Claim, verdict: Verdict) -> str:
+    """Effect, 95 % interval and unit for a page; "" where there is none."""
     if verdict.effect is None:
         return ""
     unit = f" {claim.unit}" if claim.unit else ""

@@ -37,7 +37,8 @@ def run(python, *arguments, cwd):
 def test_it_is_imported_from_the_wheel_and_carries_its_data(installed, tmp_path):
     script = """
 import json, sftrl_utils
-from sftrl_utils import config, effects, records, sources
+from sftrl_utils import claims, config, effects, records, sources
+assert len(claims.read_ledger(claims.ledger_file())) >= 14
 print(json.dumps([sftrl_utils.__file__, str(sources.base_dir()), list(config.PRESETS),
                   len(records.finished_stages(effects.published_results()))]))
 """
