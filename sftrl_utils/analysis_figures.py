@@ -29,7 +29,8 @@ def plane(ends: pd.DataFrame, corner: pd.DataFrame) -> Figure:
         seeds = ends[ends["method"] == name]
         axis.plot(seeds["reward"], seeds["loss"], marker, color=palette[name], markersize=3, alpha=0.6)
         axis.plot(mean["reward"], mean["loss"], marker, color=palette[name], markersize=9, label=name)
-    axis.set(xlabel="expected reward, dev", ylabel="SFT loss, dev (nats per response)")
+    top = ends["loss"].max() + 0.1 * (ends["loss"].max() - corner["loss"].min())  # the line goes up for ever
+    axis.set(xlabel="expected reward, dev", ylabel="SFT loss, dev (nats per response)", ylim=(None, top))
     axis.legend(title=None, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     plt.close(figure)
     return figure
