@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 BETAS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of notebooks/sweeps/beta.yaml
+RL_LENGTHS = (12, 25, 50, 100, 200, 400)  # of notebooks/sweeps/duration.yaml
 
 
 def answers(store: Path, pipeline: str, preset: str = "tiny", beta: float = 0.0, **where: Any) -> pd.DataFrame:

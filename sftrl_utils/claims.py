@@ -117,6 +117,9 @@ def judge(claim: Claim, results: Path) -> Verdict:
     except (LookupError, OSError, InputError) as error:
         reason = error.args[0] if error.args else type(error).__name__
         return Verdict(claim.id, "missing", reason=str(reason))
+    values = values[values.index < claim.runs.seeds]
+    if not np.isfinite(values).all():
+        return Verdict(claim.id, "missing", reason=f"{claim.statistic} is not finite for every seed")
     effect, low, high = mean_change(values)
     return Verdict(claim.id, decide(low, high, claim.direction, claim.margin), effect, low, high, len(values))
 
@@ -209,16 +212,17 @@ def _gibbs_share(claim: Claim, results: Path) -> pd.Series:
 
 def _threshold_agreement(claim: Claim, results: Path) -> pd.Series:
     """Share of RL lengths at which the sign of the loss's change is the one that the threshold condition gives."""
-    store, _, preset, _ = _place(claim, results)
-    table = analysis.threshold_signs(store, preset)
+    table = analysis.threshold_signs(_all_lengths(claim, results), claim.runs.preset)
     return (table["predicted"] == table["measured"]).groupby(table["seed"]).mean()
 
 
 def _stopping_octaves(claim: Claim, results: Path) -> pd.Series:
-    """log₂ of the RL step of least SFT loss over the step at which the model's reward reaches the data's."""
-    store, _, preset, _ = _place(claim, results)
-    table = analysis.stopping_steps(store, preset)
-    return np.log2(table["measured"].clip(lower=1) / table["predicted"].clip(lower=1))
+    """log₂ of the RL step of least SFT loss over the step at which the model's reward reaches the data's.
+
+    A step 0 counts as 1, one that no run reached as the longest run's last.
+    """
+    table = analysis.stopping_steps(_all_lengths(claim, results), claim.runs.preset)
+    return np.log2(table["measured"].clip(lower=1) / table["predicted"].clip(1, max(analysis.RL_LENGTHS)))
 
 
 def _gradient_cosine(claim: Claim, results: Path) -> pd.Series:
@@ -232,23 +236,11 @@ def _gradient_cosine(claim: Claim, results: Path) -> pd.Series:
     return chosen.loc[stages.index].set_axis(stages)
 
 
-def _excess_beyond(claim: Claim, results: Path) -> pd.Series:
-    """Distance above the frontier of all policies, minus that of the runs it is compared with."""
-    places = {"own": claim.runs, "other": claim.against}
-    methods = {
-        name: {
-            "store": runs.store,
-            "pipeline": runs.pipeline,
-            "preset": runs.preset,
-            "beta": runs.beta,
-            **runs.settings,
-        }
-        for name, runs in places.items()
-    }
-    for runs in places.values():
-        _table(runs, results)
-    excess = analysis.plane(results, methods).pivot(index="seed", columns="method", values="excess")
-    return (excess["own"] - excess["other"]).dropna()
+def _all_lengths(claim: Claim, results: Path) -> Path:
+    """The store of the runs of `claim`, once those of every length of RL are known to be there."""
+    for steps in analysis.RL_LENGTHS:
+        _table(claim.runs.model_copy(update={"settings": {**claim.runs.settings, "rl_steps": steps}}), results)
+    return results / claim.runs.store
 
 
 def _place(claim: Claim, results: Path) -> tuple[Path, str, str, float]:
@@ -270,7 +262,6 @@ STATISTICS: dict[str, Callable[[Claim, Path], pd.Series]] = {
     "threshold agreement": _threshold_agreement,
     "stopping octaves": _stopping_octaves,
     "gradient cosine": _gradient_cosine,
-    "excess beyond": _excess_beyond,
 }
 
 

@@ -12,7 +12,7 @@ from conftest import publish_stage
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftrl_utils import claims, cli, records
+from sftrl_utils import analysis, claims, cli, records
 from sftrl_utils.config import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +104,30 @@ def test_runs_that_say_otherwise_change_the_verdict(results):
         table.assign(sft_loss_dev=table["sft_loss_dev"].iloc[::-1].to_numpy()).to_parquet(folder / "metrics.parquet")
         records.write_checksums(folder)
     assert claims.judge(claim(), results).verdict == "refuted"
+
+
+def test_a_statistic_that_is_not_a_number_is_missing_not_inconclusive(monkeypatch):
+    monkeypatch.setitem(claims.STATISTICS, "change", lambda *_: pd.Series([0.1, np.nan, 0.2, 0.1]))
+    found = claims.judge(claim(), Path())
+    assert (found.verdict, found.reason) == ("missing", "change is not finite for every seed")
+
+
+def test_seeds_beyond_those_of_the_claim_do_not_count(monkeypatch):
+    monkeypatch.setitem(claims.STATISTICS, "change", lambda *_: pd.Series([0.1, 0.2, 0.1, 0.2, 99.0]))
+    assert claims.judge(claim(), Path()).seeds == 4 and claims.judge(claim(), Path()).effect == pytest.approx(0.15)
+
+
+def test_what_is_compared_over_lengths_needs_every_length(results):
+    entry = claim(statistic="threshold agreement", metric=None)
+    assert "no valid stage" in claims.judge(entry, results).reason
+
+
+def test_the_analysis_knows_the_values_that_the_sweeps_have():
+    grids = {
+        name: yaml.safe_load((ROOT / "notebooks" / "sweeps" / f"{name}.yaml").read_text())["grid"]
+        for name in ("beta", "duration")
+    }
+    assert grids == {"beta": {"beta": list(analysis.BETAS)}, "duration": {"rl_steps": list(analysis.RL_LENGTHS)}}
 
 
 @given(st.floats(-2, 2), st.floats(0, 1), st.floats(0.01, 1), st.sampled_from(["above", "below", "within"]))
