@@ -17,7 +17,8 @@ from scipy.special import expit
 from sftrl_utils import records, tabular
 from sftrl_utils.records import read_record, second_stage
 
-# Ways to reach both objectives, as published: each has seen as many batches of expert data and of samples as another.
+# Ways to reach both objectives, as published. All but the first two have seen as many batches of expert data, and of
+# samples, as one another.
 METHODS: dict[str, dict[str, Any]] = {
     "SFT alone": {"store": ".", "pipeline": "sft"},
     "RL alone": {"store": ".", "pipeline": "grpo"},
@@ -237,8 +238,8 @@ def plane(results: Path, methods: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """Where each of `methods` ends on dev: one row a seed, columns `method`, `seed`, `reward`, `loss` and `excess`.
 
     A method is a store below `results` (`store`), a `pipeline`, and further arguments of `answers`. Only seeds that all
-    of them have. Reward and loss (nats per response) are over q; `excess` is the distance above the frontier of all
-    policies (T6), NaN where the reward is below that of q: no trade-off explains such a policy.
+    of them have. Reward and loss (nats per response) are over q; `excess` is the distance of the loss above the least
+    that any policy of at least this reward has (T6): below the reward of q, above the loss of q itself.
     """
     rows = []
     for name, runs in methods.items():
@@ -248,8 +249,8 @@ def plane(results: Path, methods: dict[str, dict[str, Any]]) -> pd.DataFrame:
             log_q, _, log_p, weights = log_policies(part)
             r = tabular.label_reward(log_q)
             row = {"reward": tabular.mean_reward(log_p, r, weights), "loss": tabular.sft_loss(log_p, log_q, weights)}
-            inside = row["reward"] >= tabular.mean_reward(log_q, r, weights)
-            row["excess"] = tabular.excess_loss(log_p, log_q, r, weights) if inside else np.nan
+            target = max(row["reward"], tabular.mean_reward(log_q, r, weights))
+            row["excess"] = row["loss"] - tabular.frontier(log_q, r, weights, target)[0]
             rows.append({"method": name, "seed": seed, **{column: float(value) for column, value in row.items()}})
     found = pd.DataFrame(rows)
     common = found.groupby("seed")["method"].nunique()

@@ -37,7 +37,8 @@ class JointTrainer(PrefixSharingGRPOTrainer):
 
     `weights` holds (w_t, v_t), one pair an update. The SFT term is that of a `PrefixSharingSFTTrainer` with settings
     `sft_args` on `sft_dataset`, in an order that its seed alone decides. An update without GRPO samples nothing and has
-    the learning rate of `sft_args`; all others have that of `args`. One optimiser serves both.
+    the learning rate of `sft_args`; all others have that of `args`. One optimiser serves both. One process, and no
+    accumulation of gradients: `ValueError` otherwise.
     """
 
     def __init__(
@@ -52,6 +53,11 @@ class JointTrainer(PrefixSharingGRPOTrainer):
         **kwargs,
     ):
         super().__init__(model, reward_funcs, args, **kwargs)
+        if self.accelerator.num_processes > 1 or args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"{self.accelerator.num_processes} processes, gradient_accumulation_steps="
+                f"{args.gradient_accumulation_steps}: a joint stage has one process and accumulates nothing"
+            )
         self._weights = weights
         self._sft = PrefixSharingSFTTrainer(
             self.model, sft_args, train_dataset=sft_dataset, processing_class=kwargs["processing_class"]
@@ -85,5 +91,7 @@ class JointTrainer(PrefixSharingGRPOTrainer):
         loss = rl * super().compute_loss(model, inputs, return_outputs, num_items_in_batch) if rl else 0.0
         if sft:
             batch = self._sft._prepare_inputs(next(self._expert_batches))
-            loss = loss + sft * self._sft.compute_loss(model, batch)
+            sft_loss = self._sft.compute_loss(model, batch)
+            self._metrics["train"]["sft_loss"].append(sft_loss.item())
+            loss = loss + sft * sft_loss
         return loss

@@ -188,11 +188,15 @@ def read_metrics(stage_dir: Path) -> pd.DataFrame:
 
     Raises `InputError` if it cannot be read.
     """
-    path = stage_dir / "metrics.parquet"
+    return _read_table(stage_dir, "metrics.parquet")
+
+
+def _read_table(stage_dir: Path, name: str) -> pd.DataFrame:
     try:
-        return pd.read_parquet(path)
+        return pd.read_parquet(stage_dir / name)
     except (OSError, ValueError):  # pyarrow's errors are both
-        raise InputError(f"{path} is damaged: remove {stage_dir}, and the stage is trained again") from None
+        damaged = stage_dir / name
+        raise InputError(f"{damaged} is damaged: remove {stage_dir}, and the stage is trained again") from None
 
 
 def read_report(stage_dir: Path) -> pd.DataFrame:
@@ -200,7 +204,7 @@ def read_report(stage_dir: Path) -> pd.DataFrame:
 
     Columns `point` (`start` or `end`), `metric`, `value`, `low`, `high`.
     """
-    return pd.read_parquet(stage_dir / "report.parquet")
+    return _read_table(stage_dir, "report.parquet")
 
 
 def read_answers(stage_dir: Path) -> pd.DataFrame:
@@ -209,7 +213,7 @@ def read_answers(stage_dir: Path) -> pd.DataFrame:
     Columns `point` (`start` or `end`), `split`, `label`, `q` and `phenomenon` of the sentence, and log-probabilities
     `unacceptable` and `acceptable` in nats; rows of a split are in the corpus's order.
     """
-    return pd.read_parquet(stage_dir / "answers.parquet")
+    return _read_table(stage_dir, "answers.parquet")
 
 
 def writable_store(folder: Path) -> Path:

@@ -200,6 +200,8 @@ def train(
     gates = health_gates(metrics, watcher.logs)
     if kind == "constant":
         del gates["reward_variance"]  # there is none, and should not be
+    if weights:
+        chosen |= {f"sft/{name}": value for name, value in _settings(shared["sft_args"]).items()}
     if kind == "proxy":
         chosen |= {f"reward_model/{name}": value for name, value in proxy_settings.items()}
         gates["reward_model"] = proxy_gate

@@ -12,7 +12,7 @@ from conftest import publish_stage
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftrl_utils import analysis, claims, cli, records
+from sftrl_utils import analysis, claims, cli, measures, records
 from sftrl_utils.config import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,14 @@ def results(tmp_path):
 
 
 def claim(**changes):
-    return claims.Claim.model_validate({**ENTRY, **changes})
+    entry = {**ENTRY, **changes}
+    return claims.Claim.model_validate({name: value for name, value in entry.items() if value is not None})
+
+
+def planted(monkeypatch, function):
+    """Let the statistic `change` be what `function` returns, of runs that need not exist."""
+    monkeypatch.setitem(claims.MEASURES, "change", measures.Measure(function, metric=True))
+    monkeypatch.setattr(claims, "versions_of", lambda *_: {("code", "corpus")})
 
 
 @pytest.mark.parametrize(
@@ -78,6 +85,19 @@ def test_the_effect_is_the_mean_over_seeds(results):
     assert found.low < found.effect < found.high
 
 
+def test_a_stage_before_the_last_that_is_deleted_is_noticed(results):
+    shutil.rmtree(results / "sft-sft-2-0.0")
+    assert claims.judge(claim(), results).reason.endswith("sft-sft-2-0.0 is missing, or not what was published")
+
+
+def test_runs_of_two_versions_of_the_code_are_not_compared(results):
+    path = results / "sft-sft-sft-0-0.0" / "record.json"
+    path.write_text(path.read_text().replace('"code":"x"', '"code":"y"'))
+    records.write_checksums(path.parent)
+    entry = claim(statistic="change beyond", against={**RUNS, "pipeline": "sft_then_sft"})
+    assert "its runs are of 2 versions" in claims.judge(entry, results).reason
+
+
 @pytest.mark.parametrize("name", ["record.json", "metrics.parquet", "SHA256SUMS"])
 @pytest.mark.parametrize("kinds", ["grpo-sft-grpo", "sft-sft"])
 def test_a_file_that_is_deleted_makes_its_claims_missing_and_no_others(results, name, kinds):
@@ -107,13 +127,13 @@ def test_runs_that_say_otherwise_change_the_verdict(results):
 
 
 def test_a_statistic_that_is_not_a_number_is_missing_not_inconclusive(monkeypatch):
-    monkeypatch.setitem(claims.STATISTICS, "change", lambda *_: pd.Series([0.1, np.nan, 0.2, 0.1]))
+    planted(monkeypatch, lambda *_: pd.Series([0.1, np.nan, 0.2, 0.1]))
     found = claims.judge(claim(), Path())
     assert (found.verdict, found.reason) == ("missing", "change is not finite for every seed")
 
 
 def test_seeds_beyond_those_of_the_claim_do_not_count(monkeypatch):
-    monkeypatch.setitem(claims.STATISTICS, "change", lambda *_: pd.Series([0.1, 0.2, 0.1, 0.2, 99.0]))
+    planted(monkeypatch, lambda *_: pd.Series([0.1, 0.2, 0.1, 0.2, 99.0]))
     assert claims.judge(claim(), Path()).seeds == 4 and claims.judge(claim(), Path()).effect == pytest.approx(0.15)
 
 
@@ -141,10 +161,9 @@ def test_what_an_interval_decides_every_point_of_it_decides(low, width, margin, 
 def simulated(monkeypatch, effect, sd, seeds, count=1000):
     """Verdicts of `count` ledgers whose one statistic is normal over seeds."""
     rng = np.random.default_rng(1)
-    monkeypatch.setitem(
-        claims.STATISTICS, "change", lambda *_: pd.Series(rng.normal(effect, sd, seeds), index=range(seeds))
-    )
-    return [claims.judge(claim(), Path()) for _ in range(count)]
+    planted(monkeypatch, lambda *_: pd.Series(rng.normal(effect, sd, seeds), index=range(seeds)))
+    entry = claim(runs={**RUNS, "seeds": seeds})
+    return [claims.judge(entry, Path()) for _ in range(count)]
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
@@ -161,8 +180,9 @@ def test_the_interval_covers_a_known_effect(monkeypatch, seeds):
 
 def test_a_ledger_of_the_control_s_skewed_data_still_covers(monkeypatch):
     rng = np.random.default_rng(2)
-    monkeypatch.setitem(claims.STATISTICS, "change", lambda *_: pd.Series(rng.lognormal(0, 0.3, 10)))
-    verdicts = [claims.judge(claim(), Path()) for _ in range(1000)]
+    planted(monkeypatch, lambda *_: pd.Series(rng.lognormal(0, 0.3, 10)))
+    entry = claim(runs={**RUNS, "seeds": 10})
+    verdicts = [claims.judge(entry, Path()) for _ in range(1000)]
     assert sum(verdict.low <= np.exp(0.045) <= verdict.high for verdict in verdicts) >= 930
 
 
@@ -171,6 +191,10 @@ def test_a_ledger_of_the_control_s_skewed_data_still_covers(monkeypatch):
     [
         ({"direction": "up"}, "direction='up': input should be 'above', 'below' or 'within'"),
         ({"statistic": "mode"}, "statistic='mode' does not exist: choose one of change"),
+        ({"statistic": "change beyond"}, "statistic='change beyond' needs against"),
+        ({"against": RUNS}, "statistic='change' takes no against"),
+        ({"statistic": "Gibbs share"}, "statistic='Gibbs share' takes no metric"),
+        ({"statistic": "end beyond", "against": {**RUNS, "seeds": 3}}, "against has 3 seeds, runs 4"),
         ({"direction": "within"}, "direction='within' needs a margin above 0"),
         ({"id": "Loss Rises"}, "id='Loss Rises'"),
         ({"note": "x"}, "note='x': extra inputs are not permitted"),

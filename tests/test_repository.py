@@ -22,6 +22,7 @@ ROWS = [
     {"cell"},
     {"publishing", "hub", "analysis_figures"},
     {"claims", "figures"},
+    {"measures"},
     {"effects", "analysis", "costs"},
     {"stages"},
     {"alignment"},
