@@ -1,5 +1,7 @@
 """Recorded runs beside the theory: what the theory made, the analysis finds again."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,8 @@ from conftest import publish_stage
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftrl_utils import analysis, analysis_figures, stages, tabular
+from sftrl_utils import analysis, analysis_figures, measures, records, stages, tabular
+from sftrl_utils.config import InputError
 
 N = 60
 ETAS = {10: 0.3, 40: 1.5, 160: 6.0}  # RL lengths, and the exact duration that each stands for
@@ -147,6 +150,85 @@ def test_by_phenomenon_it_is_the_mean_over_its_sentences(exact):
     row = found.loc[("dev", "islands", 0)]
     assert row["sentences"] == N and row["loss"] == pytest.approx((before - right).mean())
     assert row["reward"] == pytest.approx((2 * np.exp(right) - 2 * np.exp(before)).mean())
+
+
+def asked(store, measure, **runs):
+    settings = {"rl_steps": 40}
+    question = measures.Question(store, measures.Runs(pipeline="sft_then_rl", seeds=3, settings=settings, **runs))
+    return measures.MEASURES[measure].function(question)
+
+
+@pytest.mark.parametrize("measure", ["confidence beyond judgement", "answers beyond confidence", "gradient cosine"])
+def test_a_measure_gives_what_was_published(exact, measure, tmp_path):
+    store = shutil.copytree(exact, tmp_path / "store")
+    rows = [
+        {"labels": kind, "layer": layer, "stage": f"grpo-sft-grpo-{seed}-0.0-40", "cosine": seed / 10 + other}
+        for kind, layer, other in [("population", "all", 0), ("population", "head", 1), ("sample", "all", 2)]
+        for seed in range(3)
+    ]
+    (store / "gradients").mkdir()
+    pd.DataFrame(rows).to_parquet(store / "gradients" / "cosines.parquet")
+    records.write_checksums(store / "gradients")
+    reward = analysis.parts_of_the_reward(store, "sft_then_rl", rl_steps=40)
+    expected = {
+        "confidence beyond judgement": [0.3 - 0.1] * 3,
+        "answers beyond confidence": (reward["answers"] - reward["confidence"]).to_list(),
+        "gradient cosine": [0.0, 0.1, 0.2],
+    }
+    found = asked(store, measure)
+    assert found.to_list() == pytest.approx(expected[measure]) and list(found.index) == [0, 1, 2]
+
+
+def test_measures_against_the_theory_on_what_is_exact(exact, tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis, "RL_LENGTHS", tuple(ETAS))
+    assert (asked(exact, "threshold agreement") == 1).all()
+    stops = analysis.stopping_steps(exact)
+    assert asked(exact, "stopping octaves").to_list() == pytest.approx(
+        (-np.log2(stops["predicted"].clip(1, 160))).to_list()
+    )
+    one = tmp_path / "one"
+    one.mkdir()
+    for path in exact.iterdir():
+        if path.name.startswith("sft") or path.name.endswith("-40"):
+            (one / path.name).symlink_to(path)
+    assert asked(one, "Gibbs share").to_list() == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_a_policy_at_the_fixed_point_misses_it_by_less_than_nothing(exact, tmp_path, beta):
+    for seed in range(3):
+        before = records.read_answers(exact / f"sft-sft-{seed}-0.0").query("point == 'end' and split == 'dev'")
+        log_q = np.log(np.stack([1 - before["q"], before["q"]], axis=1))
+        log_s = before[["unacceptable", "acceptable"]].to_numpy()
+        log_p = analysis.noisy_fixed_point(log_s, log_q, beta, 8)
+        shutil.copytree(exact / f"sft-sft-{seed}-0.0", tmp_path / f"sft-sft-{seed}-0.0")
+        after = table_of(log_p, before["q"].to_numpy(), before["label"].to_numpy())
+        curve = {"step": [0, 40], "sft_loss_dev": [0.4, 0.4]}
+        publish_stage(
+            tmp_path, seed, ("sft", "grpo"), curve, parent=f"sft-sft-{seed}-0.0", beta=beta, answers=after, rl_steps=40
+        )
+    missed = asked(tmp_path, "fixed-point miss", beta=beta)
+    change = analysis.loss_predictions(tmp_path, [beta]).set_index("seed")
+    assert missed.to_list() == pytest.approx(
+        (-(change["fixed_point"] - change["before"]).abs() / 5).to_list(), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("folder", ["sft-sft-1-0.0", "grpo-sft-grpo-1-0.0-40"])
+@pytest.mark.parametrize(
+    "name", ["answers.parquet", "report.parquet", "metrics.parquet", "record.json", "SHA256SUMS", ""]
+)
+@pytest.mark.parametrize("measure", ["Gibbs share", "answers beyond confidence", "fixed-point miss"])
+def test_no_measure_reads_past_a_file_that_is_gone(exact, tmp_path, folder, name, measure):
+    for path in exact.iterdir():
+        if path.name.startswith("sft") or path.name.endswith("-40"):
+            shutil.copytree(path, tmp_path / path.name)
+    path = tmp_path / folder / name
+    path.unlink() if name else shutil.rmtree(path)
+    with pytest.raises(
+        (LookupError, InputError), match=folder if folder[0] == "s" or name not in ("record.json", "") else "seed 1"
+    ):
+        asked(tmp_path, measure)
 
 
 def test_trained_stages_feed_the_analysis_and_its_figures(small_config, tmp_path):
