@@ -184,13 +184,15 @@ def _stopping_octaves(asked: Question) -> pd.Series:
 
 
 def _gradient_cosine(asked: Question) -> pd.Series:
-    """Cosine of −∇L and ∇R at the end of the last stage, all weights, expectations over q, on 48 dev sentences."""
+    """Cosine of −∇L and ∇R at the end of the last stage, in the layer `metric`, over the q of 48 dev sentences."""
     stages = _last_stages(asked)
     folder = asked.results / "gradients"
     if file := damaged_file(folder, needed=["cosines.parquet"]):
         raise LookupError(f"{folder / file} is missing, or not what was published")
     cosines = pd.read_parquet(folder / "cosines.parquet")
-    chosen = cosines[(cosines["layer"] == "all") & (cosines["labels"] == "population")].set_index("stage")["cosine"]
+    chosen = cosines[(cosines["layer"] == asked.metric) & (cosines["labels"] == "population")].set_index("stage")[
+        "cosine"
+    ]
     return chosen.loc[stages].set_axis(stages.index)
 
 
@@ -240,5 +242,5 @@ MEASURES = {
     "Gibbs share": Measure(_gibbs_share),
     "threshold agreement": Measure(_threshold_agreement),
     "stopping octaves": Measure(_stopping_octaves),
-    "gradient cosine": Measure(_gradient_cosine),
+    "gradient cosine": Measure(_gradient_cosine, metric=True),
 }

@@ -154,7 +154,8 @@ def test_by_phenomenon_it_is_the_mean_over_its_sentences(exact):
 
 def asked(store, measure, **runs):
     settings = {"rl_steps": 40}
-    question = measures.Question(store, measures.Runs(pipeline="sft_then_rl", seeds=3, settings=settings, **runs))
+    runs = measures.Runs(pipeline="sft_then_rl", seeds=3, settings=settings, **runs)
+    question = measures.Question(store, runs, "all" if measure == "gradient cosine" else None)
     return measures.MEASURES[measure].function(question)
 
 
