@@ -111,12 +111,15 @@ def measure(stage_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 def measure_store(store: Path, folder: Path, names: Collection[str] | None = None) -> int:
     """Measure finished stages of `store` that have their weights; write both tables to `folder`. Returns how many.
 
-    All of them, or those of `names`.
-
-    Raises `InputError` if there is none.
+    All of them, or those of `names`. Raises `InputError` if there is none, or not all that are named.
     """
     found = [path for path in records.finished_stages(store) if (path / "model").is_dir()]
-    found = [path for path in found if names is None or path.name in names]
+    if names is not None:
+        found = [path for path in found if path.name in names]
+        if len(found) < len(names):
+            raise InputError(f"{store} holds {len(found)} of {len(names)} stages: run the sweep to its end first")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{str(folder)!r} is a file: name a folder")
     if not found:
         raise InputError(f"{store} holds no stage with its weights: name the store that was trained into")
     cosines, spectra = zip(*(measure(path) for path in tqdm(found, unit="stage")), strict=True)

@@ -100,7 +100,7 @@ def fitted_duration(log_s: np.ndarray, log_p: np.ndarray, reward: np.ndarray) ->
     return eta, float(1 - ((ratio - eta * reward) ** 2).sum() / (ratio @ ratio))
 
 
-def loss_predictions(store: Path, betas: Sequence[float], preset: str = "tiny") -> pd.DataFrame:
+def loss_predictions(store: Path, betas: Sequence[float], preset: str = "tiny", **where: Any) -> pd.DataFrame:
     """SFT loss after RL, predicted and measured, nats per response on dev: one row a β and seed.
 
     From the probabilities s of the SFT model and the expected reward ±(2q − 1): `gibbs` is the loss of the exact
@@ -109,8 +109,8 @@ def loss_predictions(store: Path, betas: Sequence[float], preset: str = "tiny") 
     """
     rows = []
     for beta in betas:
-        record = _first_record(store, "sft_then_rl", preset, beta)
-        dev = answers(store, "sft_then_rl", preset, beta).query("split == 'dev'")
+        record = _first_record(store, "sft_then_rl", preset, beta, **where)
+        dev = answers(store, "sft_then_rl", preset, beta, **where).query("split == 'dev'")
         for seed, part in dev.groupby("seed"):
             log_q, log_s, log_p, weights = log_policies(part)
             reward = tabular.label_reward(log_q)
@@ -306,8 +306,8 @@ def beside_the_paper(results: Path) -> pd.DataFrame:
     return table
 
 
-def _first_record(store: Path, pipeline: str, preset: str, beta: float) -> records.RunRecord:
-    return read_record(store / second_stage(store, pipeline, preset, beta)["stage"].iloc[0])
+def _first_record(store: Path, pipeline: str, preset: str, beta: float, **where: Any) -> records.RunRecord:
+    return read_record(store / second_stage(store, pipeline, preset, beta, **where)["stage"].iloc[0])
 
 
 def _report_ends(store, pipeline, preset, beta, **where) -> dict[str, pd.DataFrame]:

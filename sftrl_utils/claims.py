@@ -49,6 +49,8 @@ class Claim(BaseModel):
         for name, needed in (("metric", measure.metric), ("against", measure.against)):
             if needed != (getattr(self, name) is not None):
                 raise ValueError(f"statistic={self.statistic!r} {'needs' if needed else 'takes no'} {name}")
+        if measure.pipeline not in (None, self.runs.pipeline):
+            raise ValueError(f"statistic={self.statistic!r} is of pipeline {measure.pipeline!r} alone")
         if self.against and self.against.seeds != self.runs.seeds:
             raise ValueError(
                 f"against has {self.against.seeds} seeds, runs {self.runs.seeds}: they are compared in pairs"
@@ -80,11 +82,12 @@ def ledger_file() -> Path:
 def read_ledger(path: Path) -> list[Claim]:
     """The claims in `path` (`book/claims.yml`). Raises `InputError` naming the entry that is wrong."""
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} cannot be read as a ledger ({type(error).__name__}): run this in the checkout"
-        ) from None
+        entries = list(yaml.safe_load(path.read_text(encoding="utf-8"))["claims"])
+    except OSError:
+        raise InputError(f"{path} is not there: run this in the checkout") from None
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is no ledger, a mapping with a list `claims`: {reason}") from None
     claims = []
     for entry in entries:
         try:
@@ -100,7 +103,7 @@ def read_ledger(path: Path) -> list[Claim]:
 
 def quotable_figures(path: Path) -> set[str]:
     """Numbers that the prose may hold since the paper reports them: `figures` of the ledger in `path`."""
-    return set(yaml.safe_load(path.read_text(encoding="utf-8")).get("figures", []))
+    return set(map(str, yaml.safe_load(path.read_text(encoding="utf-8")).get("figures", [])))
 
 
 def judge(claim: Claim, results: Path) -> Verdict:
@@ -115,8 +118,8 @@ def judge(claim: Claim, results: Path) -> Verdict:
             raise LookupError(f"{claim.statistic} is not finite for every seed")
     except LookupError as error:
         return Verdict(claim.id, "missing", reason=str(error.args[0]))
-    except (OSError, InputError) as error:
-        return Verdict(claim.id, "missing", reason=str(error))
+    except (OSError, InputError) as error:  # published stages are not trained again: half of the message is for others
+        return Verdict(claim.id, "missing", reason=str(error).partition(": remove")[0])
     effect, low, high = mean_change(values)
     return Verdict(claim.id, decide(low, high, claim.direction, claim.margin), effect, low, high, len(values))
 

@@ -197,9 +197,13 @@ def _book(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from sftrl_utils.stages import train_pipeline
+    from sftrl_utils import keys
 
-    for stage in train_pipeline(RunConfig.from_parameters(dict(options.parameters)), options.pipeline):
+    keys.kinds_of(options.pipeline)
+    config = RunConfig.from_parameters(dict(options.parameters))
+    from sftrl_utils.stages import train_pipeline  # seconds that nobody should wait for to read of a typo
+
+    for stage in train_pipeline(config, options.pipeline):
         print(stage.path)
     return 0
 
@@ -248,16 +252,18 @@ def _claims(options: argparse.Namespace) -> int:
 
     from sftrl_utils import claims
 
-    root = Path(".")
-    ledger = claims.read_ledger(root / "book" / "claims.yml")
-    verdicts = [claims.judge(claim, root / "data" / "results") for claim in ledger]
+    here = Path("book", "claims.yml")
+    path = here if here.is_file() else claims.ledger_file()
+    ledger, root = claims.read_ledger(path), path.parent.parent
+    results = root / "data" / "results" if path.parent.name == "book" else path.parent / "results"
+    verdicts = [claims.judge(claim, results) for claim in ledger]
     if options.json:
         print(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
     else:
         print(claims.text(ledger, verdicts))
     texts = claims.pages(root)
     wrong = claims.misquoted(texts, verdicts)
-    wrong += claims.typed_metrics(texts, claims.quotable_figures(root / "book" / "claims.yml"))
+    wrong += claims.typed_metrics(texts, claims.quotable_figures(path))
     for line in wrong:
         print(f"sftrl: {line}", file=sys.stderr)
     return 1 if wrong else 0

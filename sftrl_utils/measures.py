@@ -9,11 +9,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sftrl_utils import analysis
-from sftrl_utils.records import PUBLISHED, damaged_file, read_metrics, read_record, second_stage
+from sftrl_utils.config import PRESETS, RunConfig
+from sftrl_utils.records import PIPELINES, PUBLISHED, damaged_file, read_metrics, read_record, second_stage
 
+SPLITS = ("_train", "_dev", "_heldout")
 CORE = ("metrics.parquet", "report.parquet", "record.json")  # what every version of the code has published
 
 
@@ -28,6 +30,21 @@ class Runs(BaseModel):
     beta: float = 0.0
     settings: dict[str, Any] = {}
     seeds: Annotated[int, Field(ge=2)]
+
+    @model_validator(mode="after")
+    def _known(self) -> Runs:
+        given = {"pipeline": {self.pipeline}, "preset": {self.preset}, "settings": set(self.settings)}
+        there = {
+            "pipeline": set(PIPELINES.values()),
+            "preset": set(PRESETS),
+            "settings": set(RunConfig.model_fields) - {"preset", "seed", "beta"},
+        }
+        for name, values in given.items():
+            if unknown := values - there[name]:
+                raise ValueError(
+                    f"{name}={min(unknown)!r} does not exist: choose from {', '.join(sorted(there[name]))}"
+                )
+        return self
 
     def method(self) -> dict[str, Any]:
         """What `analysis.plane` takes for these runs."""
@@ -47,11 +64,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Measure:
-    """A function of a `Question` that gives a number a seed, and whether it needs `metric` and `against`."""
+    """A function of a `Question` that gives a number a seed; what it needs, and the pipeline that alone it is of."""
 
     function: Callable[[Question], pd.Series]
     metric: bool = False
     against: bool = False
+    pipeline: str | None = None
 
     @property
     def summary(self) -> str:
@@ -69,13 +87,15 @@ def stages_of(runs: Runs, results: Path, needed: Collection[str] = ()) -> pd.Dat
     table = second_stage(store, runs.pipeline, runs.preset, runs.beta, **runs.settings)
     if absent := set(range(runs.seeds)) - set(table["seed"]):
         raise LookupError(
-            f"{store} holds no valid {runs.pipeline} with seed {min(absent)}, {len(absent)} seeds are missing"
+            f"{store} holds no valid {runs.pipeline} with seed {min(absent)}, {len(absent)} of {runs.seeds} seeds lack"
         )
     table = table[table["seed"] < runs.seeds]
-    for stage in table["stage"].unique():
+    for stage, rows in table.groupby("stage"):
         for name in chain(store, stage):
             if file := damaged_file(store / name, weights=False, needed={*CORE, *needed}):
                 raise LookupError(f"{store / name / file} is missing, or not what was published")
+        if len(rows) != len(read_metrics(store / stage)):
+            raise LookupError(f"another folder of {store} says that it is {stage}")
     return table
 
 
@@ -99,7 +119,10 @@ def versions_of(runs: Runs, results: Path) -> set[tuple[str, str]]:
 
 
 def _ends(runs: Runs, asked: Question) -> tuple[pd.Series, pd.Series]:
-    seeds = stages_of(runs, asked.results).groupby("seed")[asked.metric]
+    table = stages_of(runs, asked.results)
+    if asked.metric not in table or not asked.metric.endswith(SPLITS):
+        raise LookupError(f"metric={asked.metric!r} is none that stages of {runs.pipeline} have")
+    seeds = table.groupby("seed")[asked.metric]
     return seeds.first(), seeds.last()
 
 
@@ -157,7 +180,7 @@ def _answers_beyond_confidence(asked: Question) -> pd.Series:
 def _fixed_point_miss(asked: Question) -> pd.Series:
     """Distance of the SFT loss after RL from that of GRPO's fixed point, minus a fifth of the change predicted."""
     store, _, preset, beta = _place(asked, PUBLISHED)
-    table = analysis.loss_predictions(store, [beta], preset).set_index("seed")
+    table = analysis.loss_predictions(store, [beta], preset, **asked.runs.settings).set_index("seed")
     predicted = (table["fixed_point"] - table["before"]).abs()
     return (table["measured"] - table["fixed_point"]).abs() - predicted / 5
 
@@ -165,7 +188,7 @@ def _fixed_point_miss(asked: Question) -> pd.Series:
 def _gibbs_share(asked: Question) -> pd.Series:
     """Share of the variance of log(p/s) that a multiple of the reward explains."""
     store, _, preset, beta = _place(asked, PUBLISHED)
-    return analysis.loss_predictions(store, [beta], preset).set_index("seed")["gibbs_share"]
+    return analysis.loss_predictions(store, [beta], preset, **asked.runs.settings).set_index("seed")["gibbs_share"]
 
 
 def _threshold_agreement(asked: Question) -> pd.Series:
@@ -238,9 +261,9 @@ MEASURES = {
     "confidence beyond judgement": Measure(_confidence_beyond_judgement),
     "answers beyond confidence": Measure(_answers_beyond_confidence),
     "excess beyond": Measure(_excess_beyond, against=True),
-    "fixed-point miss": Measure(_fixed_point_miss),
-    "Gibbs share": Measure(_gibbs_share),
-    "threshold agreement": Measure(_threshold_agreement),
-    "stopping octaves": Measure(_stopping_octaves),
+    "fixed-point miss": Measure(_fixed_point_miss, pipeline="sft_then_rl"),
+    "Gibbs share": Measure(_gibbs_share, pipeline="sft_then_rl"),
+    "threshold agreement": Measure(_threshold_agreement, pipeline="sft_then_rl"),
+    "stopping octaves": Measure(_stopping_octaves, pipeline="sft_then_rl"),
     "gradient cosine": Measure(_gradient_cosine, metric=True),
 }

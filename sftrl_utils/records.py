@@ -284,10 +284,10 @@ def publish(store: Path, target: Path, names: Collection[str] | None = None) -> 
     if target.exists() and (not target.is_dir() or target.samefile(store)):
         raise ValueError(f"{target} is a file, or the store itself: name another folder")
     stages = [path for path in finished_stages(store) if names is None or path.name in names]
-    if not stages:
-        raise ValueError(f"{store} holds no finished stage: nothing to publish")
     if names is not None and len(stages) < len(names):
         raise ValueError(f"{store} holds {len(stages)} of {len(names)} stages: run the sweep to its end first")
+    if not stages:
+        raise ValueError(f"{store} holds no finished stage: nothing to publish")
     copied = [read_record(stage_dir) for stage_dir in stages]
     versions_of_code = {record.key["code"] for record in copied}
     if len(versions_of_code) > 1:

@@ -90,6 +90,20 @@ def test_a_stage_before_the_last_that_is_deleted_is_noticed(results):
     assert claims.judge(claim(), results).reason.endswith("sft-sft-2-0.0 is missing, or not what was published")
 
 
+def test_a_second_folder_that_says_it_is_the_stage_is_noticed(results):
+    shutil.copytree(results / "grpo-sft-grpo-1-0.0", results / "grpo-other")
+    assert claims.judge(claim(), results).reason == f"another folder of {results} says that it is grpo-sft-grpo-1-0.0"
+
+
+@pytest.mark.parametrize("text", ["claims:", "claims: [", "other: []", "\xff"])
+def test_a_file_that_is_no_ledger_is_one_line(tmp_path, text):
+    path = tmp_path / "claims.yml"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match="is no ledger, a mapping with a list `claims`") as error:
+        claims.read_ledger(path)
+    assert "\n" not in str(error.value)
+
+
 def test_runs_of_two_versions_of_the_code_are_not_compared(results):
     path = results / "sft-sft-sft-0-0.0" / "record.json"
     path.write_text(path.read_text().replace('"code":"x"', '"code":"y"'))
@@ -197,12 +211,23 @@ def test_a_ledger_of_the_control_s_skewed_data_still_covers(monkeypatch):
         ({"statistic": "end beyond", "against": {**RUNS, "seeds": 3}}, "against has 3 seeds, runs 4"),
         ({"direction": "within"}, "direction='within' needs a margin above 0"),
         ({"id": "Loss Rises"}, "id='Loss Rises'"),
+        (
+            {"runs": {**RUNS, "pipeline": "sft_then_lr"}},
+            "pipeline='sft_then_lr' does not exist: choose from constant_rl",
+        ),
+        ({"runs": {**RUNS, "preset": "tniy"}}, "preset='tniy' does not exist"),
+        ({"runs": {**RUNS, "settings": {"sft_wieght": 1}}}, "settings='sft_wieght' does not exist"),
+        (
+            {"statistic": "Gibbs share", "metric": None, "runs": {**RUNS, "pipeline": "rl_then_sft"}},
+            "statistic='Gibbs share' is of pipeline 'sft_then_rl' alone",
+        ),
         ({"note": "x"}, "note='x': extra inputs are not permitted"),
     ],
 )
 def test_an_entry_that_is_wrong_is_one_line(tmp_path, changes, message):
     path = tmp_path / "claims.yml"
-    path.write_text(yaml.safe_dump({"claims": [{**ENTRY, **changes}]}))
+    entry = {name: value for name, value in {**ENTRY, **changes}.items() if value is not None}
+    path.write_text(yaml.safe_dump({"claims": [entry]}))
     with pytest.raises(InputError) as error:
         claims.read_ledger(path)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -262,10 +287,11 @@ def test_the_ledger_as_json_and_as_a_page(checkout, monkeypatch, capsys):
     assert "**Supported**: +0." in page and "seeds 0 to 3" in page
 
 
-def test_outside_a_checkout_it_is_one_line(tmp_path, monkeypatch, capsys):
+def test_from_any_folder_it_judges_the_checkout_s_own_ledger(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["claims"]) == 2
-    assert "cannot be read as a ledger" in capsys.readouterr().err
+    assert cli.main(["claims"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "rl-raises-sft-loss-train" in out
 
 
 def test_the_book_s_own_ledger_has_the_paper_s_claims_in_each_setting_and_data_for_most():
