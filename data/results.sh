@@ -17,9 +17,11 @@ for seed in 0 1 2 3 4; do
     run interleaved -p out_dir $store-joint
     run sft_then_interleaved -p sft_steps 100 -p out_dir $store-joint # half of the expert data first, half replayed
     if [ $seed -lt 2 ]; then run sft_then_constant_rl -p out_dir $store-joint; fi
-    for pipeline in sft_then_rl rl_then_sft sft_then_sft rl_then_rl; do
-        run $pipeline -p response_style rationale -p out_dir $store-rationale
-    done
+    if [ $seed -lt 3 ]; then
+        for pipeline in sft_then_rl rl_then_sft sft_then_sft rl_then_rl; do
+            run $pipeline -p response_style rationale -p out_dir $store-rationale
+        done
+    fi
     for share in 0 0.2 0.4; do run proxy_rl -p proxy_flipped $share -p out_dir $store-proxy; done
 done
 

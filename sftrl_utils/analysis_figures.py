@@ -51,8 +51,9 @@ def predicted_losses(table: pd.DataFrame) -> Figure:
         long, x="beta", y="value", hue="loss", style="loss", markers=True, errorbar=("ci", 95), seed=0, ax=axis
     )
     axis.axhline(table["before"].mean(), color="0.5", linestyle="--", linewidth=1, label="after SFT, before RL")
-    axis.set_xscale("symlog", linthresh=table["beta"][table["beta"] > 0].min())  # 0 is among the values
-    axis.set(xlabel="β", ylabel="SFT loss, dev (nats per response)", yscale="log")
+    least = table["beta"][table["beta"] > 0].min()
+    axis.set_xscale("symlog", linthresh=least)  # 0 is among the values
+    axis.set(xlabel="β", ylabel="SFT loss, dev (nats per response)", yscale="log", xlim=(-least / 4, None))
     axis.legend(title=None)
     plt.close(figure)
     return figure
