@@ -133,7 +133,7 @@ def test_what_is_not_a_sweep_file_is_one_line(tmp_path, content):
 @pytest.mark.parametrize("name", ["smoke", "coupling", "beta", "duration"])
 def test_the_sweeps_that_ship_can_be_planned(name, tmp_path):
     plan = sweeps.plan(NOTEBOOKS / "sweeps" / f"{name}.yaml", tmp_path)
-    assert len(plan.cells) == {"smoke": 24, "coupling": 20, "beta": 80, "duration": 60}[name]
+    assert len(plan.cells) == {"smoke": 24, "coupling": 40, "beta": 80, "duration": 60}[name]
     seeds = {cell.config.seed for cell in plan.cells}
     assert len(seeds) >= (6 if name == "smoke" else 10)
     assert all(cell.pipelines for cell in plan.cells)
