@@ -229,7 +229,7 @@ def _entry(claim: Claim, verdict: Verdict) -> str:
     }
     statistic = claim.statistic + (f" of `{claim.metric}`" if claim.metric else "")
     return "\n\n".join([
-        f"(claim-{claim.id})=\n### {claim.claim}",
+        f"(claim-{claim.id})=\n## {claim.claim}",
         f"**{verdict.verdict.capitalize()}**: {found}.",
         f"It holds if the {statistic} is {conditions[claim.direction]}, all of the interval of its mean over seeds. "
         f"Statistic: {MEASURES[claim.statistic].summary}.",

@@ -283,7 +283,7 @@ def test_the_ledger_as_json_and_as_a_page(checkout, monkeypatch, capsys):
     assert set(row) == {"id", "verdict", "effect", "low", "high", "seeds", "reason"} and row["verdict"] == "supported"
     ledger = claims.read_ledger(checkout / "book" / "claims.yml")
     page = claims.page(ledger, [claims.judge(entry, checkout / "data" / "results") for entry in ledger])
-    assert "(claim-loss-rises)=\n### RL raises the loss." in page and "[RL raises the loss.](#claim-loss-rises)" in page
+    assert "(claim-loss-rises)=\n## RL raises the loss." in page and "[RL raises the loss.](#claim-loss-rises)" in page
     assert "**Supported**: +0." in page and "seeds 0 to 3" in page
 
 
