@@ -33,8 +33,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "replay": {"store": "joint", "pipeline": "sft_then_interleaved"},
     "halfway between the weights": {"store": "joint", "pipeline": "sft_then_rl_merged", "interpolation": 0.5},
 }
-
-
 BETAS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of notebooks/sweeps/beta.yaml
 RL_LENGTHS = (12, 25, 50, 100, 200, 400)  # of notebooks/sweeps/duration.yaml
 

@@ -213,9 +213,7 @@ def _gradient_cosine(asked: Question) -> pd.Series:
     if file := damaged_file(folder, needed=["cosines.parquet"]):
         raise LookupError(f"{folder / file} is missing, or not what was published")
     cosines = pd.read_parquet(folder / "cosines.parquet")
-    chosen = cosines[(cosines["layer"] == asked.metric) & (cosines["labels"] == "population")].set_index("stage")[
-        "cosine"
-    ]
+    chosen = cosines.query("layer == @asked.metric and labels == 'population'").set_index("stage")["cosine"]
     return chosen.loc[stages].set_axis(stages.index)
 
 
