@@ -8,7 +8,7 @@ NBSTRIPOUT := $(BIN)/nbstripout --keep-id --extra-keys \
 	"metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.widgets"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test slow mutants bench lint format lock base results claims clean
+.PHONY: help setup book single check-book test slow mutants bench lint format lock vendor base results claims clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -64,6 +64,21 @@ lock: setup  ## write requirements.lock again from pyproject.toml (UPGRADE=--upg
 		--output-file requirements.lock pyproject.toml
 	@sed -i.part 's/^\(torch==[^+]*\)+.*/\1/' requirements.lock && rm requirements.lock.part
 	@echo "requirements.lock is up to date"
+
+# Versions and checksums are in book/package.json and its lock. Of MathJax only what a page with TeX can ask for.
+VENDOR := book/_static/vendor
+NPM := book/node_modules
+FONT := $(NPM)/@fontsource-variable/source-sans-3
+vendor:  ## copy MathJax and the font into book/_static/vendor again, from npm
+	npm ci --prefix book --ignore-scripts --no-audit --no-fund
+	rm -rf $(VENDOR)
+	mkdir -p $(VENDOR)/mathjax/output/chtml/fonts $(VENDOR)/mathjax/input/tex $(VENDOR)/source-sans-3
+	cp $(NPM)/mathjax/LICENSE $(NPM)/mathjax/es5/tex-mml-chtml.js $(VENDOR)/mathjax
+	cp -R $(NPM)/mathjax/es5/output/chtml/fonts/woff-v2 $(VENDOR)/mathjax/output/chtml/fonts
+	cp -R $(NPM)/mathjax/es5/input/tex/extensions $(VENDOR)/mathjax/input/tex
+	cp $(FONT)/LICENSE $(FONT)/files/source-sans-3-latin-wght-*.woff2 $(FONT)/files/source-sans-3-greek-wght-*.woff2 \
+		$(VENDOR)/source-sans-3
+	rm -rf $(NPM)
 
 base: setup  ## pre-train the embedded base model again into data/base (a quarter of an hour)
 	$(BIN)/sftrl base --to data/base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sftrl_utils.config import InputError, data_dir, one_line
 from sftrl_utils.effects import mean_change
-from sftrl_utils.measures import MEASURES, Question, Runs, versions_of
+from sftrl_utils.measures import MEASURES, Question, Runs, stages_of, versions_of
+from sftrl_utils.records import read_record
 
 VERDICTS = ("supported", "refuted", "inconclusive", "missing")
 
@@ -25,7 +27,8 @@ class Claim(BaseModel):
 
     `statistic` names one of `measures.MEASURES`, which gives a number a seed; `metric` is its argument where it takes
     one, `against` the runs that it compares with. The claim is that the mean over seeds is `above` `margin`, `below`
-    −`margin`, or `within` ± `margin`.
+    −`margin`, or `within` ± `margin`. `experiment` is the notebook that shows the runs, `statements` are labels of what
+    the theory says of it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +36,8 @@ class Claim(BaseModel):
     id: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
     claim: Annotated[str, Field(min_length=1)]
     source: Annotated[str, Field(min_length=1)]
+    statements: tuple[str, ...] = ()
+    experiment: Annotated[str, Field(pattern=r"^\d\d_\w+$")]
     statistic: str
     metric: str | None = None
     runs: Runs
@@ -204,8 +209,12 @@ def text(claims: list[Claim], verdicts: list[Verdict]) -> str:
     return "\n".join([*lines, ", ".join(counts)])
 
 
-def page(claims: list[Claim], verdicts: list[Verdict]) -> str:
-    """The ledger as Markdown: a table of all claims, then an entry for each, which `#claim-<id>` links to."""
+def page(claims: list[Claim], verdicts: list[Verdict], results: Path) -> str:
+    """The ledger as Markdown: a table of all claims, then an entry for each, which `#claim-<id>` links to.
+
+    An entry leads on: to the statements of the theory, to the notebook, and to the command that trains its runs in
+    `results` again.
+    """
     lines = ["| claim | verdict | effect, 95 % interval | seeds |", "|---|---|---|---|"]
     for claim, verdict in zip(claims, verdicts, strict=True):
         cells = (
@@ -215,11 +224,11 @@ def page(claims: list[Claim], verdicts: list[Verdict]) -> str:
             verdict.seeds or "",
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    entries = [_entry(claim, verdict) for claim, verdict in zip(claims, verdicts, strict=True)]
+    entries = [_entry(claim, verdict, results) for claim, verdict in zip(claims, verdicts, strict=True)]
     return "\n".join(lines) + "\n\n" + "\n\n".join(entries) + "\n"
 
 
-def _entry(claim: Claim, verdict: Verdict) -> str:
+def _entry(claim: Claim, verdict: Verdict, results: Path) -> str:
     effect = effect_text(claim, verdict)
     found = f"{effect}, {verdict.seeds} seeds" if effect else verdict.reason
     conditions = {
@@ -235,7 +244,28 @@ def _entry(claim: Claim, verdict: Verdict) -> str:
         f"Statistic: {MEASURES[claim.statistic].summary}.",
         f"Source: {claim.source}.",
         f"Runs: {_runs(claim.runs)}" + (f"; against {_runs(claim.against)}." if claim.against else "."),
+        *_leads(claim, results),
     ])  # fmt: skip
+
+
+def _leads(claim: Claim, results: Path) -> Iterator[str]:
+    """Where the reader goes on from an entry, a paragraph each."""
+    shown = f"The experiment: [](../notebooks/{claim.experiment}.ipynb)."
+    if claim.statements:
+        shown += " The theory: " + ", ".join(f"{{prf:ref}}`{label}`" for label in claim.statements) + "."
+    yield shown
+    commands = [command for runs in (claim.runs, claim.against) if runs and (command := _command(runs, results))]
+    if commands:
+        yield "Seed 0 again, the other seeds with `-p seed N`:\n\n```bash\n" + "\n".join(commands) + "\n```"
+
+
+def _command(runs: Runs, results: Path) -> str:
+    """The command that trains seed 0 of `runs`, from its record; "" where there is none."""
+    try:
+        table = stages_of(runs, results)
+    except (LookupError, OSError, InputError):
+        return ""
+    return read_record(results / runs.store / table.loc[table["seed"] == 0, "stage"].iloc[0]).command
 
 
 def effect_text(claim: Claim, verdict: Verdict) -> str:

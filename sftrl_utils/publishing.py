@@ -18,7 +18,7 @@ import papermill
 import yaml
 from nbformat import NotebookNode
 
-from sftrl_utils.config import InputError, data_dir
+from sftrl_utils.config import InputError, RunConfig, data_dir
 from sftrl_utils.records import versions
 
 EXECUTED = Path("_build/executed")
@@ -70,6 +70,7 @@ def _execute_one(source: Path, copy: Path, key: str, preset: str, root: Path) ->
     run = {
         "key": key,
         "preset": preset,
+        "seed": RunConfig.from_parameters({"preset": preset}).seed,
         "date": datetime.now(UTC).date().isoformat(),
         "wall_s": round(time.perf_counter() - clock, 1),
         "device": _device(),
@@ -105,11 +106,12 @@ def _device() -> str:
 
 
 def notebook_key(source: Path, preset: str, root: Path) -> str:
-    """Hash of all that an executed copy depends on: code cells, preset, package, shipped data, lock."""
+    """Hash of all that an executed copy depends on: code cells, preset, package, shipped data, lock, ledger."""
     digest = hashlib.sha256(f"{preset}\n{json.dumps(code_cells(nbformat.read(source, as_version=4)))}".encode())
     package = sorted(Path(__file__).parent.glob("*.py"))
     shipped = sorted(path for name in ("base", "results") for path in (data_dir() / name).rglob("*"))
-    for path in filter(Path.is_file, [*package, *shipped, root / "requirements.lock"]):
+    others = [root / "requirements.lock", root / "book" / "claims.yml"]
+    for path in filter(Path.is_file, [*package, *shipped, *others]):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -180,7 +182,17 @@ def staged_notebook(source: NotebookNode, executed: NotebookNode, run: dict[str,
 def last_run_line(run: dict[str, Any]) -> str:
     """One line of Markdown: when, how and with what the page was computed."""
     packages = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    return f"*Last run {run['date']}: preset `{run['preset']}`, {run['wall_s']:.0f} s on {run['device']}; {packages}.*"
+    settings = f"preset `{run['preset']}`, seed {run['seed']}"
+    return f"*Last run {run['date']}: {settings}, {run['wall_s']:.0f} s on {run['device']}; {packages}.*"
+
+
+def downloadable(copy: Path, root: Path) -> NotebookNode:
+    """The executed notebook in `copy` as a reader takes it home: with its outputs, without traces of this machine."""
+    notebook = nbformat.read(copy, as_version=4)
+    for name in _STALE_METADATA:
+        notebook.metadata.pop(name, None)
+    notebook.cells = [cleaned(cell, root) if cell.cell_type == "code" else cell for cell in notebook.cells]
+    return notebook
 
 
 def cleaned(cell: NotebookNode, root: Path) -> NotebookNode:

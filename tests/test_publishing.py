@@ -16,7 +16,8 @@ from sftrl_utils import publishing
 from sftrl_utils.config import PRESETS, InputError
 
 ROOT = Path(__file__).parent.parent
-RUN = {"date": "2026-01-02", "preset": "tiny", "wall_s": 61.4, "device": "2 CPU cores", "versions": {"torch": "9.9"}}
+RUN = {"date": "2026-01-02", "preset": "tiny", "seed": 3, "wall_s": 61.4, "device": "2 CPU cores"}
+RUN |= {"versions": {"torch": "9.9"}}
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_prose_and_metadata_come_from_the_source_and_outputs_from_the_copy(sourc
 def test_the_last_run_line_follows_the_title(source, executed, tmp_path):
     page, _ = page_of(source, executed, tmp_path)
     assert page.cells[0].id == "title" and page.cells[1].id == "last-run"
-    for part in ("2026-01-02", "`tiny`", "61 s on 2 CPU cores", "torch 9.9"):
+    for part in ("2026-01-02", "`tiny`", "seed 3", "61 s on 2 CPU cores", "torch 9.9"):
         assert part in page.cells[1].source
 
 

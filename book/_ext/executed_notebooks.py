@@ -2,8 +2,7 @@
 
 When Sphinx reads `notebooks/X.ipynb` its text is replaced by the copy that `sftrl book` executed, found
 in the folder named by the environment variable SFTRL_EXECUTED; another folder means that every page is
-read again. A missing, outdated or failed copy ends the build. The ledger's page ends with the verdicts that the
-published results give.
+read again. A missing, outdated or failed copy ends the build. The download button offers both.
 """
 
 import os
@@ -14,9 +13,8 @@ import nbformat
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
-from sftrl_utils import claims, publishing
+from sftrl_utils import publishing
 
-LEDGER = "book/ledger"
 GLUED_FROM = re.compile(r"notebooks/(\w+\.ipynb)")
 
 
@@ -28,8 +26,6 @@ def stage(app: Sphinx, docname: str, content: list[str]) -> None:
     if source.suffix != ".ipynb":
         for name in set(GLUED_FROM.findall(content[0])):
             app.env.note_dependency(str(folder / name))
-        if docname == LEDGER:
-            content[0] += "\n" + ledger(app, root)
         return
     copy = folder / source.name
     if not copy.is_file():
@@ -45,26 +41,24 @@ def stage(app: Sphinx, docname: str, content: list[str]) -> None:
     content[0] = nbformat.writes(page)
 
 
-def ledger(app: Sphinx, root: Path) -> str:
-    """The ledger's table and entries, as the published results have it now."""
-    results = root / "data" / "results"
-    for path in [root / "book" / "claims.yml", *filter(Path.is_file, results.rglob("*"))]:
-        app.env.note_dependency(str(path))
-    entries = claims.read_ledger(root / "book" / "claims.yml")
-    return claims.page(entries, [claims.judge(claim, results) for claim in entries])
-
-
-def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
-    """Keep sphinx-thebe, which we do not use, from loading its script from elsewhere on every page."""
-    scripts = context.get("script_files", [])
-    context["script_files"] = [
-        script for script in scripts if "thebe" not in f"{script.filename}{script.attributes.get('body')}".lower()
-    ]
+def offer_executed(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
+    """Put the executed copy beside the built page, and a link to it under the download button."""
+    copy = Path(app.srcdir) / app.config.executed_notebooks / f"{Path(pagename).name}.ipynb"
+    buttons = [button for button in context.get("header_buttons", []) if button["label"] == "download-buttons"]
+    if not (pagename.startswith("notebooks/") and copy.is_file() and buttons):
+        return
+    executed = Path("_executed", copy.name)
+    target = Path(app.outdir) / executed
+    target.parent.mkdir(exist_ok=True)
+    nbformat.write(publishing.downloadable(copy, Path(app.srcdir)), target)
+    link = {"type": "link", "url": context["pathto"](executed.as_posix(), 1), "text": ".ipynb, executed"}
+    link |= {"tooltip": "Download the notebook with its outputs", "icon": "fas fa-file-circle-check"}
+    buttons[0]["buttons"].insert(1, link | {"label": "download-executed-button"})
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     folder = os.environ.get("SFTRL_EXECUTED", str(publishing.EXECUTED / "tiny"))
     app.add_config_value("executed_notebooks", folder, "env")
     app.connect("source-read", stage)
-    app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", offer_executed, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
