@@ -11,7 +11,7 @@ NBSTRIPOUT := $(BIN)/nbstripout --keep-id --extra-keys \
 .PHONY: help setup book single check-book test slow mutants bench lint format lock vendor base results claims clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 setup: .venv/.complete  ## make .venv with everything in it (automatic)
 
@@ -36,6 +36,13 @@ setup: .venv/.complete  ## make .venv with everything in it (automatic)
 book: setup  ## execute every notebook (PRESET=tiny) and build the HTML
 	@$(BIN)/python -m sftrl_utils.cli book --preset $(PRESET)
 	@echo "The book is at _build/html/index.html"
+
+single: setup  ## the same book as one page, to read or print offline: _build/singlehtml/index.html
+	@$(BIN)/python -m sftrl_utils.cli book --preset $(PRESET) --single
+	@echo "The book is at _build/singlehtml/index.html"
+
+check-book: book  ## open every page in a headless Chromium and say what is wrong with it; screenshots in _build/shots
+	@$(BIN)/python tests/check_book.py _build/html --shots _build/shots
 
 test: setup  ## run all tests with coverage
 	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html \

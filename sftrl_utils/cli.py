@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
 
     book = commands.add_parser("book", help="execute every notebook and build the HTML into _build/html")
     book.add_argument("--preset", choices=PRESETS, default="tiny", help="settings to run at (default: tiny)")
+    book.add_argument("--single", action="store_true", help="build one page of everything into _build/singlehtml")
     book.set_defaults(command=_book)
 
     run = commands.add_parser(
@@ -192,7 +193,7 @@ def _book(options: argparse.Namespace) -> int:
     from sftrl_utils import publishing
 
     publishing.execute(options.preset)
-    publishing.build(options.preset)
+    publishing.build(options.preset, builder="singlehtml" if options.single else "html")
     return 0
 
 

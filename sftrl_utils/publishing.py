@@ -137,9 +137,12 @@ def _record_path(copy: Path) -> Path:
     return copy.with_suffix(".json")
 
 
-def build(preset: str, root: Path = Path(".")) -> Path:
-    """Build the HTML book from the executed copies of `preset`; a warning is an error. Returns its first page."""
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "--path-output", "."]
+def build(preset: str, root: Path = Path("."), builder: str = "html") -> Path:
+    """Build the book from the executed copies of `preset`; a warning is an error. Returns its first page.
+
+    `builder` is `html`, or `singlehtml` for one page of everything. Raises `InputError` if the book does not build.
+    """
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "--path-output", ".", "--builder", builder]
     command += ["-W", "-n", "--keep-going", "-q"]
     environment = {**os.environ, "SFTRL_EXECUTED": str(EXECUTED / preset)}
     built = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
@@ -148,7 +151,7 @@ def build(preset: str, root: Path = Path(".")) -> Path:
         # The next build must read every page again, or it would pass for want of the warnings of this one.
         shutil.rmtree(root / "_build" / ".doctrees", ignore_errors=True)
         raise InputError("the book did not build: the warnings above say where")
-    return root / "_build" / "html" / "index.html"
+    return root / "_build" / builder / "index.html"
 
 
 def staged_notebook(source: NotebookNode, executed: NotebookNode, run: dict[str, Any], root: Path) -> NotebookNode:

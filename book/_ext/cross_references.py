@@ -1,4 +1,4 @@
-"""Sphinx extension: a statement, its check, the experiment that tests it and its entry in the ledger lead to each other.
+"""Sphinx extension: a statement, its check, the experiment that tests it and its claims lead to each other.
 
 Nothing of this is written by hand: a claim in `book/claims.yml` names its statements and its notebook, a notebook
 names statements by `{prf:ref}`, and a dropdown names the function that it shows.

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from bs4 import BeautifulSoup
 from docutils import nodes
 from sphinx.application import Sphinx
 
@@ -39,7 +40,30 @@ def ask_for_the_hub(app: Sphinx, pagename: str, templatename: str, context: dict
                 button["url"] = button["url"].replace(GIT_PULL, "")
 
 
+def prepare_single_page(app: Sphinx) -> None:
+    """Let the builder of one page write every node as that of many does, and without a search that it cannot have."""
+    if app.builder.name == "singlehtml":
+        # An extension names some nodes for this builder alone, which hides from it all that are named for HTML.
+        handlers = app.registry.translation_handlers
+        handlers["singlehtml"] = handlers["html"] | handlers.get("singlehtml", {})
+        app.config.html_sidebars = {"**": []}
+
+
+def finish_single_page(app: Sphinx, error: Exception | None) -> None:
+    """Make `index.html` the one page: the builder writes its links as if the first page were not in a folder."""
+    page = Path(app.outdir, f"{app.config.root_doc}.html")
+    if app.builder.name == "singlehtml" and not error and page.is_file():
+        text = page.read_text(encoding="utf-8").replace(f'href="{app.config.root_doc}.html#', 'href="#')
+        soup = BeautifulSoup(text.replace('="../_', '="_'), "html.parser")
+        for search in soup.select(".search-button, .search-button-field, .search-button__wrapper, [src*=searchindex]"):
+            search.decompose()
+        Path(app.outdir, "index.html").write_text(str(soup), encoding="utf-8")
+        page.unlink()
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("builder-inited", prepare_single_page)
+    app.connect("build-finished", finish_single_page)
     app.connect("doctree-read", remember_alt_texts)
     app.connect("doctree-resolved", describe_glued_figures)
     app.connect("html-page-context", drop_thebe, priority=900)
