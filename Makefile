@@ -8,7 +8,7 @@ NBSTRIPOUT := $(BIN)/nbstripout --keep-id --extra-keys \
 	"metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.widgets"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book single check-book test slow mutants bench lint format lock vendor base results claims clean
+.PHONY: help setup book single check-book links test slow mutants bench lint format lock vendor base results claims clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -43,6 +43,10 @@ single: setup  ## the same book as one page, to read or print offline: _build/si
 
 check-book: book  ## open every page in a headless Chromium and say what is wrong with it; screenshots in _build/shots
 	@$(BIN)/python tests/check_book.py _build/html --shots _build/shots
+
+links: setup  ## look every link to another site up: needs the network
+	@$(BIN)/python -m sftrl_utils.cli book --preset smoke
+	@SFTRL_EXECUTED=_build/executed/smoke $(BIN)/jupyter-book build . --path-output . --builder linkcheck
 
 test: setup  ## run all tests with coverage
 	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html \
