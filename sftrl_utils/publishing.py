@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -192,9 +193,11 @@ def last_run_line(run: dict[str, Any]) -> str:
 def downloadable(copy: Path, root: Path) -> NotebookNode:
     """The executed notebook in `copy` as a reader takes it home: with its outputs, without traces of this machine."""
     notebook = nbformat.read(copy, as_version=4)
-    for name in _STALE_METADATA:
-        notebook.metadata.pop(name, None)
-    notebook.cells = [cleaned(cell, root) if cell.cell_type == "code" else cell for cell in notebook.cells]
+    for part, name in product([notebook, *notebook.cells], _STALE_METADATA):
+        part.metadata.pop(name, None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cleaned(cell, root)
     return notebook
 
 

@@ -46,7 +46,7 @@ async () => {
   for (const error of document.querySelectorAll("mjx-merror")) faults.push(`wrong math: ${shown(error)}`);
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node; (node = walker.nextNode()); ) {
-    const leftover = node.data.match(/\{[a-z][\w:-]*\}`[^`]*`?|^:{3,}\{?[\w:-]*|\$[^$\s][^$]*\$/);
+    const leftover = node.data.match(/\{[a-z][\w:-]*\}`[^`]*`?|^:{3,}(\{[\w:-]*\})?|\$[^$\s][^$]*\$/);
     if (leftover && !node.parentElement.closest("code, pre, script, style, noscript, mjx-container, .math, .output"))
       faults.push(`left over: ${leftover[0]}`);
   }
@@ -81,6 +81,15 @@ def served(html: Path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@contextmanager
+def opened():
+    """An empty page of a browser that is cut off from the network."""
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=browser_path(), args=FLAGS)
+        yield browser.new_page()
+        browser.close()
 
 
 def pages_of(html: Path) -> list[Path]:

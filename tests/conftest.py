@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers share two cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub
 
+import check_book  # the script beside this file
 import nbformat
 import pandas as pd
 import pytest
@@ -46,6 +47,16 @@ def sft_then_rl(small_config):
 @pytest.fixture(scope="session")
 def rl_then_sft(small_config):
     return stages.train_pipeline(small_config, "rl_then_sft")
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """A Chromium. Where continuous integration lacks one its browser tests fail, they are not skipped."""
+    path = check_book.browser_path()
+    if not path and not os.environ.get("CI"):
+        pytest.skip("needs a Chromium: on Debian, apt-get install chromium")
+    assert path, "no Chromium: .ci/run installs one"
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from conftest import publish_stage
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftrl_utils import analysis, claims, cli, measures, records
+from sftrl_utils import analysis, claims, cli, measures, records, statements
 from sftrl_utils.config import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +21,8 @@ ENTRY = {
     "id": "loss-rises",
     "claim": "RL raises the loss.",
     "source": "ours",
+    "statements": ["rl-threshold"],
+    "experiment": "04_sft_then_rl",
     "statistic": "change",
     "metric": "sft_loss_dev",
     "direction": "above",
@@ -221,6 +223,7 @@ def test_a_ledger_of_the_control_s_skewed_data_still_covers(monkeypatch):
             {"statistic": "Gibbs share", "metric": None, "runs": {**RUNS, "pipeline": "rl_then_sft"}},
             "statistic='Gibbs share' is of pipeline 'sft_then_rl' alone",
         ),
+        ({"experiment": "04"}, "experiment='04'"),
         ({"note": "x"}, "note='x': extra inputs are not permitted"),
     ],
 )
@@ -282,9 +285,12 @@ def test_the_ledger_as_json_and_as_a_page(checkout, monkeypatch, capsys):
     [row] = json.loads(capsys.readouterr().out)
     assert set(row) == {"id", "verdict", "effect", "low", "high", "seeds", "reason"} and row["verdict"] == "supported"
     ledger = claims.read_ledger(checkout / "book" / "claims.yml")
-    page = claims.page(ledger, [claims.judge(entry, checkout / "data" / "results") for entry in ledger])
+    results = checkout / "data" / "results"
+    page = claims.page(ledger, [claims.judge(entry, results) for entry in ledger], results)
     assert "(claim-loss-rises)=\n## RL raises the loss." in page and "[RL raises the loss.](#claim-loss-rises)" in page
     assert "**Supported**: +0." in page and "seeds 0 to 3" in page
+    assert "(../notebooks/04_sft_then_rl.ipynb)" in page and "{prf:ref}`rl-threshold`" in page
+    assert "\nsftrl run sft_then_rl -p preset tiny\n" in page
 
 
 def test_from_any_folder_it_judges_the_checkout_s_own_ledger(tmp_path, monkeypatch, capsys):
@@ -297,6 +303,9 @@ def test_from_any_folder_it_judges_the_checkout_s_own_ledger(tmp_path, monkeypat
 def test_the_book_s_own_ledger_has_the_paper_s_claims_in_each_setting_and_data_for_most():
     ledger = claims.read_ledger(ROOT / "book" / "claims.yml")
     assert len(ledger) >= 14
+    checks = {statement.__name__.replace("_", "-") for statement in statements.STATEMENTS}
+    assert {label for entry in ledger for label in entry.statements} <= checks
+    assert all((ROOT / "notebooks" / f"{entry.experiment}.ipynb").is_file() for entry in ledger)
     for first, statistic in (("rl-raises-sft-loss", "sft_loss"), ("sft-lowers-reward", "mean_reward")):
         settings = {
             (entry.metric, entry.runs.beta > 0, entry.runs.preset)

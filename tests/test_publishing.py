@@ -6,13 +6,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import parse_qs, quote, urlsplit
 
+import check_book
 import nbformat
 import papermill
 import pytest
+from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from sftrl_utils import publishing
+from sftrl_utils import claims, publishing
 from sftrl_utils.config import PRESETS, InputError
 
 ROOT = Path(__file__).parent.parent
@@ -228,9 +231,101 @@ def test_pages_show_outputs_source_code_and_the_last_run(built):
         assert "injected" not in page and "{glue" not in page and str(root) not in page
 
 
-def test_no_page_loads_thebe(built):
-    pages = list((built[0] / "_build" / "html").rglob("*.html"))
-    assert pages and not any("unpkg.com" in page.read_text(encoding="utf-8") for page in pages)
+def page_of_book(built, name):
+    html = built[0] / "_build" / "html"
+    return BeautifulSoup((html / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
+
+
+def links_of(part):
+    return {tag["href"] for tag in part.find_all("a", href=True)}
+
+
+def test_every_page_opens_in_a_browser_without_a_fault(built, browser):
+    html = built[0] / "_build" / "html"
+    assert len(check_book.pages_of(html)) >= 20
+    assert check_book.check(html) == []
+
+
+def test_the_search_finds_statements_by_their_names(built, browser):
+    html = built[0] / "_build" / "html"
+    names = re.findall(r":::\{prf:\w+\} ([^\n\\]+)\\n", (ROOT / "notebooks" / "01_theory.ipynb").read_text("utf-8"))
+    assert len(names) == 32
+    with check_book.served(html) as address, check_book.opened() as page:
+        for name in names:
+            page.goto(f"{address}/search.html?q={quote(name)}")
+            page.wait_for_selector("#search-results .search-summary:has-text('found')")
+            found = page.locator("#search-results li a").evaluate_all("links => links.map(link => link.href)")
+            assert any("01_theory" in link for link in found[:3]), name
+
+
+def test_a_statement_its_check_its_experiment_and_its_claims_lead_to_each_other(built):
+    theory, ledger = page_of_book(built, "notebooks/01_theory"), page_of_book(built, "book/ledger")
+    statement = theory.find(id="rl-threshold")
+    following = statement.find_all_next(["p", "ul", "div"], limit=400)
+    after = set().union(*(links_of(part) for part in following[: following.index(theory.find(id="agreeing-verifier"))]))
+    assert "../book/api/theory.html#sftrl_utils.statements.rl_threshold" in after
+    assert {"07_analysis.html", "../book/ledger.html#claim-stopping-rule"} <= after
+    entry = ledger.find(id="claim-stopping-rule").find_parent("section") or ledger.find(id="claim-stopping-rule")
+    assert {"../notebooks/07_analysis.html", "../notebooks/01_theory.html#rl-threshold"} <= links_of(entry)
+    assert "sftrl run sft_then_rl -p preset tiny -p rl_steps 400" in entry.get_text()
+    experiment = page_of_book(built, "notebooks/07_analysis")
+    assert "../book/ledger.html#claim-stopping-rule" in links_of(experiment.find(id="in-the-ledger"))
+    assert "01_theory.html#rl-threshold" in links_of(experiment)
+    reference = page_of_book(built, "book/api/theory").find(id="sftrl_utils.statements.rl_threshold").find_parent("dl")
+    assert "../../notebooks/01_theory.html#rl-threshold" in links_of(reference)
+
+
+def test_every_claim_is_on_the_page_of_its_experiment(built):
+    for claim in claims.read_ledger(ROOT / "book" / "claims.yml"):
+        listed = page_of_book(built, f"notebooks/{claim.experiment}").find(id="in-the-ledger")
+        assert f"../book/ledger.html#claim-{claim.id}" in links_of(listed)
+
+
+def test_launch_buttons_open_the_clean_source_and_both_copies_can_be_downloaded(built):
+    root, copies, _ = built
+    for copy in copies:
+        links = links_of(page_of_book(built, f"notebooks/{copy.stem}"))
+        name = f"notebooks/{copy.name}"
+        colab = f"https://colab.research.google.com/github/sftrl/sftrl-book/blob/main/{name}"
+        assert colab in links
+        assert f"https://mybinder.org/v2/gh/sftrl/sftrl-book/main?urlpath=lab/tree/{name}" in links
+        [hub] = [link for link in links if "nbgitpuller" in link]
+        asked = parse_qs(urlsplit(hub).query)
+        assert asked["repo"] == ["https://github.com/sftrl/sftrl-book"] and asked["branch"] == ["main"]
+        assert asked["urlpath"] == [f"lab/tree/sftrl-book/{name}"] and urlsplit(hub).path.endswith("/link.html")
+        html = root / "_build" / "html"
+        assert {f"../_sources/{name}", f"../_executed/{copy.name}"} <= links
+        clean = nbformat.read(html / "_sources" / name, as_version=4)
+        assert clean == nbformat.read(ROOT / name, as_version=4)
+        executed = (html / "_executed" / copy.name).read_text(encoding="utf-8")
+        cells = nbformat.reads(executed, as_version=4).cells
+        assert any(cell.get("outputs") for cell in cells) and str(root) not in executed and "papermill" not in [
+            key for cell in cells for key in cell.metadata
+        ]  # fmt: skip
+
+
+def test_every_notebook_has_exercises_with_folded_solutions(built):
+    for copy in built[1]:
+        page = page_of_book(built, f"notebooks/{copy.stem}")
+        exercises = page.select("div.exercise")
+        solutions = page.select("div.solution.dropdown")
+        assert len(exercises) >= 2 and len(solutions) == len(exercises)
+
+
+def test_every_work_cited_has_a_doi_or_an_address(built):
+    for entry in page_of_book(built, "book/references").select("div.citation"):
+        assert any(link.startswith("http") for link in links_of(entry)), entry.get_text()
+
+
+def test_the_whole_book_is_also_one_page(built):
+    root = built[0]
+    index = publishing.build("smoke", root, builder="singlehtml")
+    assert index == root / "_build" / "singlehtml" / "index.html"
+    assert check_book.broken_links(index.parent) == [] and check_book.pages_of(index.parent) == [index]
+    page = BeautifulSoup(index.read_text(encoding="utf-8"), "html.parser")
+    assert page.find(id="rl-threshold") and page.find(id="claim-stopping-rule") and page.find(id="sftrl_utils.stages")
+    pictures = [tag["src"] for tag in page.find_all("img", src=True)]
+    assert len(pictures) >= 10 and all((index.parent / src).is_file() for src in pictures)
 
 
 def test_another_preset_and_a_changed_number_reach_every_page(built):
