@@ -5,9 +5,11 @@
 
 import argparse
 import functools
+import os
 import shutil
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
@@ -84,11 +86,11 @@ def served(html: Path):
 
 
 @contextmanager
-def opened():
-    """An empty page of a browser that is cut off from the network."""
+def opened(**options):
+    """An empty page, of Playwright's `options`, in a browser that is cut off from the network."""
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=browser_path(), args=FLAGS)
-        yield browser.new_page()
+        yield browser.new_page(**options)
         browser.close()
 
 
@@ -148,28 +150,31 @@ def faults_of(page, address: str, rules: dict) -> list[str]:
 
 def check(html: Path, shots: Path | None = None) -> list[str]:
     """Every problem of the book in `html`, a line each; screenshots of every page into `shots`. Needs a Chromium."""
-    problems = broken_links(html)
     pages = pages_of(html)
-    with served(html) as address, sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=browser_path(), args=FLAGS)
-        bar = tqdm(total=len(WIDTHS) * len(THEMES) * len(pages), unit="page", disable=None)
-        for (width, (across, down)), theme in product(WIDTHS.items(), THEMES):
+    looks = list(product(WIDTHS, THEMES))
+    with served(html) as address, ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(total=len(looks) * len(pages), unit="page", disable=None)
+
+        def look_at_all(width: str, theme: str) -> list[str]:
+            across, down = WIDTHS[width]
             rules = AXE if width == "desktop" else AXE | NO_COLORS
-            page = browser.new_page(viewport={"width": across, "height": down}, color_scheme=theme)
-            for path in pages:
-                name = path.relative_to(html).as_posix()
-                problems += [
-                    f"{name}, {width}, {theme}: {fault}" for fault in faults_of(page, f"{address}/{name}", rules)
-                ]
-                if shots:
-                    target = shots / f"{name.removesuffix('.html').replace('/', '-')}-{width}-{theme}.png"
-                    page.screenshot(
-                        path=target, full_page=True, clip={"x": 0, "y": 0, "width": across, "height": 3 * down}
-                    )
-                bar.update()
-            page.close()
+            problems = []
+            with opened(viewport={"width": across, "height": down}, color_scheme=theme) as page:
+                for path in pages:
+                    name = path.relative_to(html).as_posix()
+                    faults = faults_of(page, f"{address}/{name}", rules)
+                    problems += [f"{name}, {width}, {theme}: {fault}" for fault in faults]
+                    if shots:
+                        target = shots / f"{name.removesuffix('.html').replace('/', '-')}-{width}-{theme}.png"
+                        page.screenshot(
+                            path=target, full_page=True, clip={"x": 0, "y": 0, "width": across, "height": 3 * down}
+                        )
+                    bar.update()
+            return problems
+
+        found = pool.map(look_at_all, *zip(*looks, strict=True))
+        problems = [*broken_links(html), *(problem for part in found for problem in part)]
         bar.close()
-        browser.close()
     return list(dict.fromkeys(problems))
 
 

@@ -22,6 +22,17 @@ def describe_glued_figures(app: Sphinx, doctree: nodes.document, docname: str) -
             image["alt"] = app.env.sftrl_alts.get(Path(image["uri"]).name, "")
 
 
+def notice_static_files(app: Sphinx, env: object, added: set, changed: set, removed: set) -> list[str]:
+    """Read the first page again when a file of `_static` has changed: a build without a changed page copies none."""
+    static = Path(app.confdir, app.config.html_static_path[0])
+    copied = Path(app.outdir, "_static")
+    for file in filter(Path.is_file, static.rglob("*")):
+        copy = copied / file.relative_to(static)
+        if not copy.is_file() or copy.stat().st_mtime < file.stat().st_mtime:
+            return [app.config.root_doc]
+    return []
+
+
 def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
     """Keep sphinx-thebe, which we do not use, from loading its script from elsewhere on every page."""
     for kind in ("script_files", "css_files"):
@@ -64,6 +75,7 @@ def finish_single_page(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", prepare_single_page)
     app.connect("build-finished", finish_single_page)
+    app.connect("env-get-outdated", notice_static_files)
     app.connect("doctree-read", remember_alt_texts)
     app.connect("doctree-resolved", describe_glued_figures)
     app.connect("html-page-context", drop_thebe, priority=900)

@@ -15,6 +15,9 @@ window.addEventListener("load", async () => {
   if (window.MathJax?.startup) await window.MathJax.startup.promise;
   letTheTabKeyReachWhatScrolls();
   window.addEventListener("resize", letTheTabKeyReachWhatScrolls);
+  // The arrows that open a part of the menu have no words of their own.
+  for (const arrow of document.querySelectorAll(".bd-sidebar-primary summary"))
+    arrow.ariaLabel = `Pages under ${arrow.closest("li").querySelector("a").textContent.trim()}`;
   // Sphinx calls the bibliography a list, and its entries no items of one.
   for (const list of document.querySelectorAll(".citation-list")) list.removeAttribute("role");
 });
