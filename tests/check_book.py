@@ -167,7 +167,10 @@ def check(html: Path, shots: Path | None = None) -> list[str]:
                     if shots:
                         target = shots / f"{name.removesuffix('.html').replace('/', '-')}-{width}-{theme}.png"
                         page.screenshot(
-                            path=target, full_page=True, clip={"x": 0, "y": 0, "width": across, "height": 3 * down}
+                            path=target,
+                            full_page=True,
+                            animations="disabled",
+                            clip={"x": 0, "y": 0, "width": across, "height": 3 * down},
                         )
                     bar.update()
             return problems

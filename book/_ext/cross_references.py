@@ -139,8 +139,15 @@ def process_signature(
     return signature, returns
 
 
+def skip_member(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
+    """Leave out of the reference what pydantic and named tuples say of themselves."""
+    alias = (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+    return True if name == "model_config" or alias else None
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", add_to_pages, priority=600)
+    app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-process-signature", process_signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
