@@ -11,6 +11,7 @@ import pytest
 import yaml
 from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
@@ -117,8 +118,26 @@ def test_the_lock_pins_everything_declared_and_names_no_host():
 def test_conda_users_get_the_same_pins():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     [pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
-    assert "-r requirements.lock" in pip
-    assert "python=3.11" in environment["dependencies"]
+    assert pip == ["-r requirements.lock", "-e ."]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    [python] = [entry for entry in environment["dependencies"] if str(entry).startswith("python=")]
+    version = python.removeprefix("python=")
+    assert SpecifierSet(project["requires-python"]).contains(version)
+    locked = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert f"with Python {version}" in locked  # pip-compile says for which it chose
+
+
+def test_what_the_pages_load_is_the_version_that_is_declared():
+    declared = json.loads((ROOT / "book" / "package.json").read_text(encoding="utf-8"))["dependencies"]
+    lock = json.loads((ROOT / "book" / "package-lock.json").read_text(encoding="utf-8"))["packages"]
+    assert {name: lock[f"node_modules/{name}"]["version"] for name in declared} == declared
+    assert all("integrity" in package and "resolved" not in package for name, package in lock.items() if name)
+    vendor = ROOT / "book" / "_static" / "vendor"
+    assert f'"{declared["mathjax"]}"' in (vendor / "mathjax" / "tex-mml-chtml.js").read_text(encoding="utf-8")
+    style = (ROOT / "book" / "_static" / "book.css").read_text(encoding="utf-8")
+    fonts = re.findall(r'url\("([^"]+)"\)', style)
+    assert len(fonts) == 4 and all((ROOT / "book" / "_static" / font).is_file() for font in fonts)
+    assert {path.parent.name for path in vendor.glob("*/LICENSE")} == {"mathjax", "source-sans-3"}
 
 
 def test_ci_calls_make_test_and_the_workflow_calls_ci():
@@ -127,6 +146,26 @@ def test_ci_calls_make_test_and_the_workflow_calls_ci():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text())
     runs = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
     assert ".ci/run" in runs and "make book" in runs
+    scheduled = yaml.safe_load((ROOT / ".github" / "workflows" / "scheduled.yml").read_text())
+    runs = {name: [step.get("run") for step in job["steps"]] for name, job in scheduled["jobs"].items()}
+    assert "make lock UPGRADE=--upgrade" in runs["newest"] and ".ci/run" in runs["newest"]
+    assert "make links" in runs["links"]
+
+
+def test_every_target_that_a_page_names_is_there():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "book").glob("*.md")]
+    named = {
+        name for page in pages for name in re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text("utf-8"), re.MULTILINE)
+    }
+    assert named <= targets and {"book", "test", "check-book", "vendor"} <= named
+
+
+def test_the_reference_has_every_module():
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "book" / "api").glob("*.md")]
+    shown = sorted(name for page in pages for name in re.findall(r"automodule:: sftrl_utils\.(\w+)", page))
+    assert shown == sorted(path.stem for path in PACKAGE if path.stem != "__init__")
 
 
 def test_nothing_unsafe_is_loaded():
