@@ -275,6 +275,21 @@ def test_a_statement_its_check_its_experiment_and_its_claims_lead_to_each_other(
     assert "../../notebooks/01_theory.html#rl-threshold" in links_of(reference)
 
 
+@pytest.mark.parametrize(
+    ("theorem", "experiment", "claim", "command"),
+    [
+        ("sft-loss-change", "04_sft_then_rl", "rl-raises-sft-loss-train", "sftrl run sft_then_rl -p preset tiny"),
+        ("reward-change", "05_rl_then_sft", "sft-lowers-reward-train", "sftrl run rl_then_sft -p preset tiny"),
+    ],
+)
+def test_the_first_page_leads_to_theorem_evidence_and_command(built, theorem, experiment, claim, command):
+    links = links_of(page_of_book(built, "book/welcome").find("article"))
+    assert f"../notebooks/01_theory.html#{theorem}" in links and f"../notebooks/{experiment}.html" in links
+    assert f"ledger.html#claim-{claim}" in links
+    target = page_of_book(built, "book/ledger").find(id=f"claim-{claim}")
+    assert command in (target if target.name == "section" else target.find_parent("section")).get_text().splitlines()
+
+
 def test_every_claim_is_on_the_page_of_its_experiment(built):
     for claim in claims.read_ledger(ROOT / "book" / "claims.yml"):
         listed = page_of_book(built, f"notebooks/{claim.experiment}").find(id="in-the-ledger")

@@ -1,6 +1,7 @@
 """The package installed away from the checkout carries what it needs to run a notebook."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
+
+import sftrl_utils
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,3 +70,28 @@ def test_a_notebook_runs_from_another_folder(installed, tmp_path):
     listed = run(installed, "-m", "sftrl_utils.cli", "runs", "--json", cwd=tmp_path)
     trained = {"sft", "sft_then_rl", "sft_then_sft", "sft_then_constant_rl"}
     assert {row["pipeline"] for row in json.loads(listed.stdout)} == trained
+
+
+@pytest.mark.slow
+def test_the_first_cell_installs_everything_where_there_is_only_jupyter(tmp_path):
+    """As in Colab or on a hub: a new environment, the notebook alone, and the repository behind its address."""
+    venv.create(tmp_path / "env", with_pip=True)
+    programs = tmp_path / "env" / "bin"
+    subprocess.run([programs / "pip", "install", "-q", "--disable-pip-version-check", "jupyter"], check=True)
+    assert run(programs / "python", "-c", "import myst_nb", cwd=tmp_path).returncode
+    subprocess.run(["git", "clone", "-q", "--bare", ROOT, tmp_path / "repository"], check=True)
+    tag = ["tag", "-f", f"v{sftrl_utils.__version__}"]
+    subprocess.run(["git", "-C", tmp_path / "repository", *tag], check=True)
+    address = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
+    redirected = {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.file://{tmp_path / 'repository'}.insteadOf",
+        "GIT_CONFIG_VALUE_0": address,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+    }
+    shutil.copy(ROOT / "notebooks" / "10_sweeps.ipynb", tmp_path)
+    command = [programs / "jupyter", "execute", "--inplace", "--timeout=-1", "10_sweeps.ipynb"]
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | redirected, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    where = run(programs / "python", "-c", "import sftrl_utils; print(sftrl_utils.__file__)", cwd=tmp_path)
+    assert where.stdout.startswith(str(programs.parent))
