@@ -64,8 +64,9 @@ def finish_single_page(app: Sphinx, error: Exception | None) -> None:
     """Make `index.html` the one page: the builder writes its links as if the first page were not in a folder."""
     page = Path(app.outdir, f"{app.config.root_doc}.html")
     if app.builder.name == "singlehtml" and not error and page.is_file():
-        text = page.read_text(encoding="utf-8").replace(f'href="{app.config.root_doc}.html#', 'href="#')
-        soup = BeautifulSoup(text.replace('="../_', '="_'), "html.parser")
+        first = app.config.root_doc
+        text = page.read_text(encoding="utf-8").replace(f'href="{first}.html#', 'href="#').replace('="../_', '="_')
+        soup = BeautifulSoup(text.replace(f'href="#document-{first}"', 'href="#"'), "html.parser")
         for search in soup.select(".search-button, .search-button-field, .search-button__wrapper, [src*=searchindex]"):
             search.decompose()
         Path(app.outdir, "index.html").write_text(str(soup), encoding="utf-8")
