@@ -25,9 +25,17 @@ for seed in 0 1 2 3 4; do
     for share in 0 0.2 0.4; do run proxy_rl -p proxy_flipped $share -p out_dir $store-proxy; done
 done
 
+# What solutions of exercises show: one seed.
+run() { $SFTRL run "$@" -p out_dir $store-exercises; }
+run sft
+run sft -p sft_learning_rate 1e-5
+run grpo
+for weight in 0 100; do run joint -p sft_weight $weight; done
+for cycles in 1 50; do run interleaved -p cycles $cycles; done
+
 $SFTRL publish --dir $store --sweep notebooks/sweeps/coupling.yaml --to data/results
 for sweep in beta duration; do
     $SFTRL publish --dir $store --sweep notebooks/sweeps/$sweep.yaml --to data/results/$sweep
 done
-for name in joint rationale proxy; do $SFTRL publish --dir $store-$name --to data/results/$name; done
+for name in joint rationale proxy exercises; do $SFTRL publish --dir $store-$name --to data/results/$name; done
 $SFTRL gradients --dir $store --sweep notebooks/sweeps/duration.yaml --to data/results/gradients

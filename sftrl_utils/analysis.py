@@ -232,6 +232,26 @@ def by_phenomenon(store: Path, pipeline: str, preset: str = "tiny", beta: float 
     return groups.agg(sentences=("loss", "size"), loss=("loss", "mean"), reward=("reward", "mean")).reset_index()
 
 
+def shares_by_phenomenon(rows: pd.DataFrame) -> pd.DataFrame:
+    """How far RL tilted the sentences of each phenomenon alike, from `answers`: one row a seed and phenomenon.
+
+    `share` is what the duration fitted to all of a seed's sentences explains of the log-ratio within the phenomenon,
+    `own_share` what the phenomenon's own, `own_eta`, does (`fitted_duration`).
+    """
+    fits = []
+    for seed, part in rows.groupby("seed"):
+        log_q, log_s, log_p, _ = log_policies(part)
+        reward = tabular.label_reward(log_q)
+        eta, _ = fitted_duration(log_s, log_p, reward)
+        for phenomenon in part["phenomenon"].unique():
+            own = (part["phenomenon"] == phenomenon).to_numpy()
+            ratio, tilt = (table[own] - table[own].mean(-1, keepdims=True) for table in (log_p - log_s, reward))
+            own_eta, own_share = fitted_duration(log_s[own], log_p[own], reward[own])
+            share = 1 - ((ratio - eta * tilt) ** 2).sum() / (ratio**2).sum()
+            fits.append((seed, phenomenon, eta, own_eta, share, own_share))
+    return pd.DataFrame(fits, columns=["seed", "phenomenon", "eta", "own_eta", "share", "own_share"])
+
+
 def plane(results: Path, methods: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """Where each of `methods` ends on dev: one row a seed, columns `method`, `seed`, `reward`, `loss` and `excess`.
 

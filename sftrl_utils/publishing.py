@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -188,17 +187,6 @@ def last_run_line(run: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     settings = f"preset `{run['preset']}`, seed {run['seed']}"
     return f"*Last run {run['date']}: {settings}, {run['wall_s']:.0f} s on {run['device']}; {packages}.*"
-
-
-def downloadable(copy: Path, root: Path) -> NotebookNode:
-    """The executed notebook in `copy` as a reader takes it home: with its outputs, without traces of this machine."""
-    notebook = nbformat.read(copy, as_version=4)
-    for part, name in product([notebook, *notebook.cells], _STALE_METADATA):
-        part.metadata.pop(name, None)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cleaned(cell, root)
-    return notebook
 
 
 def cleaned(cell: NotebookNode, root: Path) -> NotebookNode:

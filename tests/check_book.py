@@ -35,7 +35,9 @@ NO_COLORS = {"rules": {"color-contrast": {"enabled": False}}}  # the slowest rul
 FAULTS = r"""
 async () => {
   if (window.MathJax) await MathJax.startup.promise;
-  await new Promise((done) => setTimeout(done));  // what the page itself does once its formulas are there
+  for (const folded of document.querySelectorAll("details")) folded.open = true;
+  for (const button of document.querySelectorAll(".toggle-button-hidden")) button.click();
+  await new Promise((done) => setTimeout(done, 50));  // what the page itself does once its formulas are there
   const faults = [], shown = (element) => element.textContent.trim().slice(0, 60);
   for (const image of document.images) {
     image.loading = "eager";
@@ -60,6 +62,11 @@ async () => {
     const out = [...document.body.querySelectorAll("*")].find((element) =>
       element.getBoundingClientRect().right > edge && !scrolls(element.parentElement));
     faults.push(`the page scrolls sideways by ${wide} px: ${out ? `${out.tagName}.${out.className}` : "?"}`);
+  }
+  for (const element of document.body.querySelectorAll("main *")) {
+    const lost = element.scrollWidth - element.clientWidth;
+    if (lost > 1 && element.clientWidth > 50 && /hidden|clip/.test(getComputedStyle(element).overflowX))
+      faults.push(`cut off by ${lost} px: ${element.tagName}.${element.className}: ${shown(element)}`);
   }
   return faults;
 }
@@ -102,6 +109,7 @@ def pages_of(html: Path) -> list[Path]:
 
 def broken_links(html: Path) -> list[str]:
     """Links between pages whose file or anchor is not there."""
+    html = html.resolve()
     soups = {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in pages_of(html)}
     anchors = {path: {tag.get("id") or tag.get("name") for tag in soup.find_all(True)} for path, soup in soups.items()}
     problems = []

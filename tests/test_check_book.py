@@ -1,12 +1,17 @@
 """The browser test sees what a reader would: each fault on a small page of its own, and none on a good one."""
 
+from pathlib import Path
+
 import check_book
 import pytest
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>A page</title>
 <link rel="icon" href="data:,"></head><body><main><h1>A page</h1>{body}</main></body></html>"""
 DOT = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
-GOOD = f'<p id="there">5 $ and <code>{{role}}`x`</code>.</p><img src="{DOT}" alt="A dot"><a href="#there">up</a>'
+GOOD = (
+    f'<p id="there">5 $ and <code>{{role}}`x`</code>.</p><img src="{DOT}" alt="A dot">'
+    '<a href="#there">up</a><a href="good.html#there">up</a>'
+)
 FAULTS = [
     ('<img src="gone.png" alt="A dot">', "broken image gone.png"),
     (f'<img src="{DOT}" alt="">', "no alt text"),
@@ -28,6 +33,9 @@ FAULTS = [
     ),
     ('<a href="gone.html">there</a>', "link to gone.html: no such file"),
     ('<a href="#gone">there</a>', "link to #gone: no such anchor"),
+    ('<a href="good.html#gone">there</a>', "link to good.html#gone: no such anchor"),
+    ('<div style="width: 200px; overflow: hidden"><p style="width: 300px">lost</p></div>', "cut off by 100 px: DIV"),
+    ('<details><summary>More</summary><img src="gone.png" alt="A dot"></details>', "broken image gone.png"),
     ("<button></button>", "axe, critical: button-name"),
 ]
 
@@ -38,7 +46,11 @@ def checked(tmp_path_factory, browser):
     html, shots = (tmp_path_factory.mktemp(name) for name in ("html", "shots"))
     for name, body in [("good", GOOD), *((f"fault{number}", body) for number, (body, _) in enumerate(FAULTS))]:
         (html / f"{name}.html").write_text(PAGE.format(body=body), encoding="utf-8")
-    return check_book.check(html, shots), shots
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.chdir(html.parent)  # as `make check-book` does: a folder relative to where it is started
+    problems = check_book.check(Path(html.name), shots)
+    monkeypatch.undo()
+    return problems, shots
 
 
 def test_a_good_page_has_no_fault(checked):

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
+from docutils import nodes
 from nbformat import NotebookNode
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
@@ -61,7 +63,7 @@ def with_references(page: NotebookNode) -> NotebookNode:
 def experiment(page: NotebookNode, name: str, pairs: list[tuple[claims.Claim, claims.Verdict]]) -> NotebookNode:
     """A notebook's page with the claims that its runs decide at its end; changed in place."""
     if own := [pair for pair in pairs if pair[0].experiment == name]:
-        lines = ["## In the ledger", "", "What these runs decide:", "", *(f"- {line}" for line in quotes(own))]
+        lines = ["## In the ledger", "", "What it says of these runs:", "", *(f"- {line}" for line in quotes(own))]
         page.cells.append(nbformat.v4.new_markdown_cell("\n".join(lines), id="in-the-ledger"))
     return page
 
@@ -122,6 +124,18 @@ def add_to_pages(app: Sphinx, docname: str, content: list[str]) -> None:
         content[0] = nbformat.writes(page)
 
 
+def index_statements(app: Sphinx, doctree: nodes.document) -> None:
+    """Put every statement into the index under its title, where the search finds it."""
+    found = doctree.findall(
+        lambda node: isinstance(node, nodes.Element) and {"label", "realtype"} <= node.attributes.keys()
+    )
+    for node in list(found):
+        title = node.get("title", "").strip("()")
+        if title:
+            entry = addnodes.index(entries=[("single", title, node["label"], "", None)])
+            node.parent.insert(node.parent.index(node), entry)
+
+
 def process_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """In the reference, docstrings are plain text with `code`, and a check leads to the statement that it checks."""
     lines[:] = [re.sub(r"(`[^`]*`)|([*|])", lambda part: part[1] or "\\" + part[2], line) for line in lines]
@@ -134,8 +148,9 @@ def process_signature(
 ) -> tuple[str | None, str | None]:
     """A class is called with names and defaults: what pydantic checks them with is not for readers."""
     if what == "class" and signature:
-        parameters = inspect.signature(obj).parameters.values()
-        return f"({', '.join(parameter.name for parameter in parameters)})", None
+        full = inspect.signature(obj)
+        plain = [part.replace(annotation=part.empty) for part in full.parameters.values()]
+        return str(full.replace(parameters=plain, return_annotation=full.empty)), None
     return signature, returns
 
 
@@ -147,7 +162,8 @@ def skip_member(app: Sphinx, what: str, name: str, obj: object, skip: bool, opti
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", add_to_pages, priority=600)
+    app.connect("doctree-read", index_statements)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-process-signature", process_signature)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    return {"parallel_read_safe": False}  # verdicts are kept in the environment

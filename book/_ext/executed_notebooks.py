@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import nbformat
+from nbformat import NotebookNode
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
@@ -18,39 +19,42 @@ from sftrl_utils import publishing
 GLUED_FROM = re.compile(r"notebooks/(\w+\.ipynb)")
 
 
-def stage(app: Sphinx, docname: str, content: list[str]) -> None:
-    """Replace a notebook's text by its page; make a page that glues from notebooks depend on their copies."""
+def staged(app: Sphinx, docname: str, text: str) -> NotebookNode:
+    """The page of a notebook whose source is `text`. Raises `ExtensionError` if its executed copy cannot be used."""
     root = Path(app.srcdir)
-    folder = root / app.config.executed_notebooks
-    source = Path(app.env.doc2path(docname))
-    if source.suffix != ".ipynb":
-        for name in set(GLUED_FROM.findall(content[0])):
-            app.env.note_dependency(str(folder / name))
-        return
-    copy = folder / source.name
+    copy = root / app.config.executed_notebooks / f"{Path(docname).name}.ipynb"
     if not copy.is_file():
         raise ExtensionError(f"{docname}: {copy} is missing: run `sftrl book`")
     try:
-        executed = nbformat.read(copy, as_version=4)
-        page = publishing.staged_notebook(
-            nbformat.reads(content[0], as_version=4), executed, publishing.read_run(copy), root
+        return publishing.staged_notebook(
+            nbformat.reads(text, as_version=4), nbformat.read(copy, as_version=4), publishing.read_run(copy), root
         )
     except ValueError as error:
         raise ExtensionError(f"{docname}: {error}: run `sftrl book`") from error
-    app.env.note_dependency(str(copy))
-    content[0] = nbformat.writes(page)
+
+
+def stage(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Replace a notebook's text by its page; make a page that glues from notebooks depend on their copies."""
+    folder = Path(app.srcdir) / app.config.executed_notebooks
+    source = Path(app.env.doc2path(docname))
+    if source.suffix == ".ipynb":
+        content[0] = nbformat.writes(staged(app, docname, content[0]))
+        app.env.note_dependency(str(folder / source.name))
+    else:
+        for name in set(GLUED_FROM.findall(content[0])):
+            app.env.note_dependency(str(folder / name))
 
 
 def offer_executed(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
-    """Put the executed copy beside the built page, and a link to it under the download button."""
-    copy = Path(app.srcdir) / app.config.executed_notebooks / f"{Path(pagename).name}.ipynb"
+    """Put the executed notebook beside the built page, as that has it, and a link to it under the download button."""
+    source = Path(app.srcdir, f"{pagename}.ipynb")
     buttons = [button for button in context.get("header_buttons", []) if button["label"] == "download-buttons"]
-    if not (pagename.startswith("notebooks/") and copy.is_file() and buttons):
+    if not (source.is_file() and buttons):
         return
-    executed = Path("_executed", copy.name)
+    executed = Path("_executed", source.name)
     target = Path(app.outdir) / executed
     target.parent.mkdir(exist_ok=True)
-    nbformat.write(publishing.downloadable(copy, Path(app.srcdir)), target)
+    nbformat.write(staged(app, pagename, source.read_text(encoding="utf-8")), target)
     link = {"type": "link", "url": context["pathto"](executed.as_posix(), 1), "text": ".ipynb, executed"}
     link |= {"tooltip": "Download the notebook with its outputs", "icon": "fas fa-file-circle-check"}
     buttons[0]["buttons"].insert(1, link | {"label": "download-executed-button"})

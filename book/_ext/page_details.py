@@ -81,4 +81,4 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("doctree-resolved", describe_glued_figures)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("html-page-context", ask_for_the_hub, priority=900)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    return {"parallel_read_safe": False}  # alt texts are kept in the environment
