@@ -63,10 +63,19 @@ async () => {
       element.getBoundingClientRect().right > edge && !scrolls(element.parentElement));
     faults.push(`the page scrolls sideways by ${wide} px: ${out ? `${out.tagName}.${out.className}` : "?"}`);
   }
+  // Text that an ancestor hides and no scrolling shows; what is there for screen readers alone is meant to be hidden.
+  const clips = (element) => /hidden|clip/.test(getComputedStyle(element).overflowX);
+  const keeper = (element) => {
+    do element = element.parentElement;
+    while (getComputedStyle(element).overflowX === "visible" && element !== document.body);
+    return element;
+  };
   for (const element of document.body.querySelectorAll("main *")) {
-    const lost = element.scrollWidth - element.clientWidth;
-    if (lost > 1 && element.clientWidth > 50 && /hidden|clip/.test(getComputedStyle(element).overflowX))
-      faults.push(`cut off by ${lost} px: ${element.tagName}.${element.className}: ${shown(element)}`);
+    if (element.closest("mjx-assistive-mml, svg, .visually-hidden, [aria-hidden=true]")) continue;
+    const box = keeper(element);
+    const lost = Math.round(element.getBoundingClientRect().right - box.getBoundingClientRect().right);
+    if (lost > 1 && clips(box) && box.clientWidth > 50 && element.textContent.trim())
+      faults.push(`cut off by ${lost} px: ${box.tagName}.${box.className}: ${shown(element)}`);
   }
   return faults;
 }

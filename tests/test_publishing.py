@@ -15,7 +15,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from sftrl_utils import claims, publishing
+from sftrl_utils import claims, publishing, statements
 from sftrl_utils.config import PRESETS, InputError
 
 ROOT = Path(__file__).parent.parent
@@ -246,33 +246,46 @@ def test_every_page_opens_in_a_browser_without_a_fault(built, browser):
     assert check_book.check(html) == []
 
 
-def test_the_search_finds_statements_by_their_names(built, browser):
+def test_the_search_finds_every_statement_by_its_name(built, browser):
     html = built[0] / "_build" / "html"
-    names = re.findall(r":::\{prf:\w+\} ([^\n\\]+)\\n", (ROOT / "notebooks" / "01_theory.ipynb").read_text("utf-8"))
-    assert len(names) == 32
+    source = nbformat.read(ROOT / "notebooks" / "01_theory.ipynb", as_version=4)
+    text = "\n".join(cell.source for cell in source.cells)
+    names = re.findall(r":::\{prf:(?!proof)\w+\} (.+)\n:label: ([\w-]+)", text)
+    assert len(names) == len(statements.STATEMENTS)
     with check_book.served(html) as address, check_book.opened() as page:
-        for name in names:
+        for name, label in names:
             page.goto(f"{address}/search.html?q={quote(name)}")
             page.wait_for_selector("#search-results .search-summary:has-text('found')")
             found = page.locator("#search-results li a").evaluate_all("links => links.map(link => link.href)")
-            assert any("01_theory" in link for link in found[:3]), name
+            assert any(f"01_theory.html#{label}" in link for link in found[:3]), name
 
 
-def test_a_statement_its_check_its_experiment_and_its_claims_lead_to_each_other(built):
-    theory, ledger = page_of_book(built, "notebooks/01_theory"), page_of_book(built, "book/ledger")
-    statement = theory.find(id="rl-threshold")
-    following = statement.find_all_next(["p", "ul", "div"], limit=400)
-    after = set().union(*(links_of(part) for part in following[: following.index(theory.find(id="agreeing-verifier"))]))
-    assert "../book/api/theory.html#sftrl_utils.statements.rl_threshold" in after
-    assert {"07_analysis.html", "../book/ledger.html#claim-stopping-rule"} <= after
-    entry = ledger.find(id="claim-stopping-rule").find_parent("section") or ledger.find(id="claim-stopping-rule")
-    assert {"../notebooks/07_analysis.html", "../notebooks/01_theory.html#rl-threshold"} <= links_of(entry)
-    assert "sftrl run sft_then_rl -p preset tiny -p rl_steps 400" in entry.get_text()
-    experiment = page_of_book(built, "notebooks/07_analysis")
-    assert "../book/ledger.html#claim-stopping-rule" in links_of(experiment.find(id="in-the-ledger"))
-    assert "01_theory.html#rl-threshold" in links_of(experiment)
-    reference = page_of_book(built, "book/api/theory").find(id="sftrl_utils.statements.rl_threshold").find_parent("dl")
-    assert "../../notebooks/01_theory.html#rl-threshold" in links_of(reference)
+def test_a_statement_its_check_its_experiments_and_its_claims_lead_to_each_other(built):
+    pages = {"theory": "notebooks/01_theory", "ledger": "book/ledger", "reference": "book/api/theory"}
+    theory, ledger, reference = (page_of_book(built, name) for name in pages.values())
+    entries = claims.read_ledger(ROOT / "book" / "claims.yml")
+    users = {}
+    for copy in built[1]:
+        for label in re.findall(r"\{prf:ref\}`([\w-]+)`", (ROOT / "notebooks" / copy.name).read_text(encoding="utf-8")):
+            users.setdefault(label, set()).add(f"{copy.stem}.html")
+    functions = {statement.__name__.replace("_", "-"): statement.__name__ for statement in statements.STATEMENTS}
+    starts = [tag["id"] for tag in theory.find_all(id=True) if tag["id"] in functions]
+    assert sorted(starts) == sorted(functions)
+    for label, after in zip(starts, [*starts[1:], None], strict=True):
+        links = set()
+        for tag in theory.find(id=label).find_all_next(True):
+            if tag.get("id") in ({after} if after else {"exercises"}):
+                break
+            links |= {tag["href"]} if tag.name == "a" and tag.has_attr("href") else set()
+        check = f"sftrl_utils.statements.{functions[label]}"
+        assert f"../book/api/theory.html#{check}" in links
+        assert users.get(label, set()) - {"01_theory.html"} <= links
+        assert {f"../book/ledger.html#claim-{entry.id}" for entry in entries if label in entry.statements} <= links
+        assert f"../../notebooks/01_theory.html#{label}" in links_of(reference.find(id=check).find_parent("dl"))
+    for entry in entries:
+        links = links_of(ledger.find(id=f"claim-{entry.id}").find_parent("section"))
+        assert {f"../notebooks/01_theory.html#{label}" for label in entry.statements} <= links
+        assert f"../notebooks/{entry.experiment}.html" in links
 
 
 @pytest.mark.parametrize(
@@ -287,7 +300,7 @@ def test_the_first_page_leads_to_theorem_evidence_and_command(built, theorem, ex
     assert f"../notebooks/01_theory.html#{theorem}" in links and f"../notebooks/{experiment}.html" in links
     assert f"ledger.html#claim-{claim}" in links
     target = page_of_book(built, "book/ledger").find(id=f"claim-{claim}")
-    assert command in (target if target.name == "section" else target.find_parent("section")).get_text().splitlines()
+    assert command in target.find_parent("section").get_text().splitlines()
 
 
 def test_every_claim_is_on_the_page_of_its_experiment(built):
@@ -314,9 +327,10 @@ def test_launch_buttons_open_the_clean_source_and_both_copies_can_be_downloaded(
         assert clean == nbformat.read(ROOT / name, as_version=4)
         executed = (html / "_executed" / copy.name).read_text(encoding="utf-8")
         cells = nbformat.reads(executed, as_version=4).cells
-        assert any(cell.get("outputs") for cell in cells) and str(root) not in executed and "papermill" not in [
-            key for cell in cells for key in cell.metadata
-        ]  # fmt: skip
+        assert any(cell.get("outputs") for cell in cells) and str(root) not in executed
+        assert not any({"papermill", "execution"} & set(cell.metadata) for cell in cells)
+        prose = [cell.source for cell in clean.cells if cell.cell_type == "markdown"]
+        assert [text for text in prose if text not in {cell.source for cell in cells}] == []
 
 
 def test_every_notebook_has_exercises_with_folded_solutions(built):
@@ -332,7 +346,7 @@ def test_every_work_cited_has_a_doi_or_an_address(built):
         assert any(link.startswith("http") for link in links_of(entry)), entry.get_text()
 
 
-def test_the_whole_book_is_also_one_page(built):
+def test_the_whole_book_is_also_one_page(built, browser):
     root = built[0]
     index = publishing.build("smoke", root, builder="singlehtml")
     assert index == root / "_build" / "singlehtml" / "index.html"
@@ -341,6 +355,8 @@ def test_the_whole_book_is_also_one_page(built):
     assert page.find(id="rl-threshold") and page.find(id="claim-stopping-rule") and page.find(id="sftrl_utils.stages")
     pictures = [tag["src"] for tag in page.find_all("img", src=True)]
     assert len(pictures) >= 10 and all((index.parent / src).is_file() for src in pictures)
+    with check_book.served(index.parent) as address, check_book.opened(viewport={"width": 390, "height": 844}) as tab:
+        assert check_book.faults_of(tab, f"{address}/index.html", check_book.AXE) == []
 
 
 def test_another_preset_and_a_changed_number_reach_every_page(built):

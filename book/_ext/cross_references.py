@@ -125,15 +125,13 @@ def add_to_pages(app: Sphinx, docname: str, content: list[str]) -> None:
 
 
 def index_statements(app: Sphinx, doctree: nodes.document) -> None:
-    """Put every statement into the index under its title, where the search finds it."""
-    found = doctree.findall(
-        lambda node: isinstance(node, nodes.Element) and {"label", "realtype"} <= node.attributes.keys()
-    )
-    for node in list(found):
-        title = node.get("title", "").strip("()")
-        if title:
-            entry = addnodes.index(entries=[("single", title, node["label"], "", None)])
-            node.parent.insert(node.parent.index(node), entry)
+    """Put every statement into the index under its title; the search reads that from the page itself."""
+    indexed = app.env.get_domain("index").entries[app.env.docname]
+    for node in list(doctree.findall(nodes.Element)):
+        if {"label", "realtype"} <= node.attributes.keys() and (title := node.get("title", "").strip(" ()")):
+            entry = ("single", title, node["label"], "main", None)
+            indexed.append(entry)
+            node.parent.insert(node.parent.index(node), addnodes.index(entries=[entry]))
 
 
 def process_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

@@ -13,7 +13,9 @@ function giveWideFormulasALine() {
   for (const formula of document.querySelectorAll("mjx-container:not([display='true'])")) {
     formula.classList.remove("wide-formula");
     const line = formula.closest("p, li, dd, td, section, div");
-    formula.classList.toggle("wide-formula", formula.getBoundingClientRect().width > line.clientWidth);
+    const { paddingLeft, paddingRight } = getComputedStyle(line);
+    const room = line.clientWidth - parseFloat(paddingLeft) - parseFloat(paddingRight);
+    formula.classList.toggle("wide-formula", formula.getBoundingClientRect().width > room);
   }
 }
 
