@@ -57,7 +57,7 @@ def prepare_single_page(app: Sphinx) -> None:
         # An extension names some nodes for this builder alone, which hides from it all that are named for HTML.
         handlers = app.registry.translation_handlers
         handlers["singlehtml"] = handlers["html"] | handlers.get("singlehtml", {})
-        app.config.html_sidebars = {"**": []}
+        app.config.html_sidebars = {"**": ["sbt-sidebar-nav.html"]}
 
 
 def finish_single_page(app: Sphinx, error: Exception | None) -> None:
@@ -67,10 +67,18 @@ def finish_single_page(app: Sphinx, error: Exception | None) -> None:
         first = app.config.root_doc
         text = page.read_text(encoding="utf-8").replace(f'href="{first}.html#', 'href="#').replace('="../_', '="_')
         soup = BeautifulSoup(text.replace(f'href="#document-{first}"', 'href="#"'), "html.parser")
-        for search in soup.select(".search-button, .search-button-field, .search-button__wrapper, [src*=searchindex]"):
+        for search in soup.select("[class^=search-button], #pst-search-dialog, #searchbox, [src*=search]"):
             search.decompose()
+        menu = soup.new_tag("ul", attrs={"class": "nav bd-sidenav"})
+        for start in soup.select("span[id^=document-]"):
+            chapter = soup.new_tag("a", href=f"#{start['id']}")
+            chapter.string = start.find_next(["h1", "h2", "h3"]).get_text().rstrip("#")
+            menu.append(soup.new_tag("li", attrs={"class": "toctree-l1"}))
+            menu.contents[-1].append(chapter)
+        soup.select_one(".bd-sidebar-primary .bd-toc-item").replace_with(menu)
         Path(app.outdir, "index.html").write_text(str(soup), encoding="utf-8")
         page.unlink()
+        page.parent.rmdir()
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
