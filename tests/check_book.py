@@ -38,6 +38,9 @@ async () => {
   for (const folded of document.querySelectorAll("details")) folded.open = true;
   for (const button of document.querySelectorAll(".toggle-button-hidden")) button.click();
   await new Promise((done) => setTimeout(done, 50));  // what the page itself does once its formulas are there
+  for (const animation of document.getAnimations()) {
+    if (animation.effect.getComputedTiming().endTime < Infinity) animation.finish();  // what fades in is not pale
+  }
   const faults = [], shown = (element) => element.textContent.trim().slice(0, 60);
   for (const image of document.images) {
     image.loading = "eager";
