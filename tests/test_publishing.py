@@ -352,7 +352,7 @@ def test_the_whole_book_is_also_one_page(built, browser):
     assert index == root / "_build" / "singlehtml" / "index.html"
     assert check_book.broken_links(index.parent) == [] and check_book.pages_of(index.parent) == [index]
     page = BeautifulSoup(index.read_text(encoding="utf-8"), "html.parser")
-    assert page.find(id="rl-threshold") and page.find(id="claim-stopping-rule") and page.find(id="module-sftrl_utils.stages")
+    assert all(page.find(id=name) for name in ("rl-threshold", "claim-stopping-rule", "module-sftrl_utils.stages"))
     menu = page.select_one(".bd-sidebar-primary")
     assert {f"#document-notebooks/{copy.stem}" for copy in built[1]} <= links_of(menu) and not page.find("form")
     pictures = [tag["src"] for tag in page.find_all("img", src=True)]
